@@ -1,0 +1,1 @@
+"""Stage one: the pyramid autoencoder and its loss."""

@@ -1,0 +1,135 @@
+"""The pyramid autoencoder as one module."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from pyramid_ldm.autoencoder.decoder import PyramidDecoder
+from pyramid_ldm.autoencoder.encoder import PyramidEncoder
+from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
+from pyramid_ldm.config.autoencoder import AutoencoderConfig
+from pyramid_ldm.pyramid import LatentLevel, Pyramid, compression_ratio
+from pyramid_ldm.serialization import load_model, resolve_model_directory, save_model
+
+
+@dataclass(frozen=True)
+class AutoencoderOutput:
+    """One training pass. `codebook_*` are zeros under KL."""
+
+    reconstruction: Tensor  # (B, 3, H, W)
+    posterior: DiagonalGaussian
+    codebook_loss: Tensor  # scalar, mean over levels
+    codebook_usage: Tensor  # share of codebook entries that this batch used, scalar
+
+
+class PyramidAutoencoder(nn.Module):
+    """Encoder, regularised latent pyramid, decoder (PDM section 3.3).
+
+    Images are float, (B, 3, H, W), in [-1, 1]; latents are *raw* (unscaled) pyramids, coarse to fine.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = [LatentLevel(level.factor, level.channels) for level in config.levels]
+        factors = config.attention.factors or []
+        self.encoder = PyramidEncoder(
+            config.encoder.widths,
+            self.levels,
+            moments=2 if config.latent == "kl" else 1,
+            blocks=config.encoder.blocks,
+            skip=config.skip,
+            pooling=config.encoder.pooling,
+            attention=config.attention.encoder,
+            attention_factors=factors,
+            head_channels=config.attention.head_channels,
+            spectral_norm=config.encoder.spectral_norm,
+            checkpoint_factors=config.checkpoint_factors,
+        )
+        self.decoder = PyramidDecoder(
+            config.decoder.widths,
+            self.levels,
+            blocks=config.encoder.blocks + 1,
+            branch=config.decoder.branch,
+            branch_blocks=config.decoder.branch_blocks,
+            skip=config.skip,
+            attention=config.attention.decoder,
+            attention_factors=factors,
+            head_channels=config.attention.head_channels,
+            softmax_tokens=config.attention.softmax_tokens,
+            dropout=config.decoder.dropout,
+            checkpoint_factors=config.checkpoint_factors,
+        )
+        self.quantizers = nn.ModuleList()
+        if config.latent == "vq":
+            from taming.modules.vqvae.quantize import VectorQuantizer2
+
+            # legacy=True puts beta on the wrong term.
+            self.quantizers.extend(
+                VectorQuantizer2(config.codebook_size, level.channels, beta=0.25, legacy=False)
+                for level in self.levels
+            )
+
+    def encode(self, image: Tensor) -> DiagonalGaussian:
+        """The posterior of an image's latents. ValueError where the image's sides do not fit the coarsest factor."""
+        factor = self.levels[0].factor
+        if image.shape[2] % factor or image.shape[3] % factor:
+            raise ValueError(
+                f"image of {image.shape[2]}x{image.shape[3]} pixels: both sides must be multiples of {factor}"
+            )
+        return DiagonalGaussian.from_moments(self.encoder(image), has_variance=self.config.latent == "kl")
+
+    def quantize(self, latents: Pyramid) -> tuple[Pyramid, Tensor, Tensor]:
+        """Nearest codebook entries (straight-through gradient), loss, and share of entries used. VQ only."""
+        quantized, losses, used = [], [], []
+        for level, quantizer in zip(latents, self.quantizers, strict=True):
+            nearest, loss, (_, _, indices) = quantizer(level.float())
+            quantized.append(nearest)
+            losses.append(loss)
+            used.append(len(torch.unique(indices)) / self.config.codebook_size)
+        return tuple(quantized), torch.stack(losses).mean(), losses[0].new_tensor(sum(used) / len(used))
+
+    def decode(self, latents: Pyramid) -> Tensor:
+        """Latents to an image (B, 3, H, W), in [-1, 1] up to overshoot; VQ latents are quantised first."""
+        if self.quantizers:
+            latents, _, _ = self.quantize(latents)
+        image: Tensor = self.decoder(latents)
+        return image
+
+    def forward(self, image: Tensor, noise: Pyramid | None = None) -> AutoencoderOutput:
+        """A training pass: encode, sample with `noise` (fresh if None) or quantise, decode."""
+        posterior = self.encode(image)
+        if self.quantizers:
+            latents, loss, usage = self.quantize(posterior.mode())
+        else:
+            latents = posterior.sample(noise)
+            loss = usage = latents[0].new_zeros(())
+        return AutoencoderOutput(self.decoder(latents).float(), posterior, loss, usage)
+
+    def compression_ratio(self) -> float:
+        """Image values per latent value: 256.0 means 1:256."""
+        return compression_ratio(self.levels, self.config.image_size)
+
+    def fingerprint(self) -> str:
+        """A hash of every weight: two autoencoders with one fingerprint encode alike."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.yaml` and `model.safetensors`, spectral norm folded into the weights."""
+        save_model(Path(directory), self.config, self)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Loads a model directory, or a run directory's `model/`, in eval mode, float32, on the CPU.
+
+        Raises UserError where something is missing or does not fit.
+        """
+        return load_model(resolve_model_directory(Path(directory), "train-ae"), cls, AutoencoderConfig)

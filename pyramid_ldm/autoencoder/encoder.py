@@ -1,0 +1,131 @@
+"""The light half: image to moments of every latent level (PDM section 3.3, figure 5 left)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyramid_ldm.nn.attention import build_attention
+from pyramid_ldm.nn.layers import PixelNorm, conv2d
+from pyramid_ldm.nn.resample import box_down, max_down
+from pyramid_ldm.nn.resblock import ResidualBlock, Resampling
+from pyramid_ldm.pyramid import LatentLevel, Pyramid
+
+
+class LatentHead(nn.Module):
+    """Features to a latent's moments; exempt from spectral norm, which would bound the latent's scale."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.norm = PixelNorm(inputs)
+        self.conv = conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.conv(F.silu(self.norm(x)))
+        return result
+
+
+class EncoderLevel(nn.Module):
+    """Everything at one resolution: the image enters, blocks, a latent leaves, the way down."""
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        blocks: int,
+        attention: str,
+        head_channels: int,
+        spectral_norm: bool,
+        image_enters: bool,
+        latent_channels: int,
+        next_width: int | None,
+        residual: bool,
+        pooling: str,
+    ) -> None:
+        super().__init__()
+        self.from_rgb = conv2d(3, width, 1, spectral_norm=spectral_norm) if image_enters else None
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks):
+            self.blocks.append(ResidualBlock(width, width, spectral_norm=spectral_norm, local=True))
+            self.blocks.append(
+                build_attention(attention, width, head_channels=head_channels, spectral_norm=spectral_norm)
+            )
+        self.head = LatentHead(width, latent_channels) if latent_channels else None
+        pool = box_down if pooling == "average" else max_down
+        self.down = (
+            Resampling(width, next_width, pool, residual=residual, spectral_norm=spectral_norm) if next_width else None
+        )
+
+    def forward(self, h: Tensor, image: Tensor) -> tuple[Tensor | None, Tensor]:
+        """(features, image at this resolution) -> (moments or None, features one resolution down)."""
+        if self.from_rgb is not None:
+            h = h + self.from_rgb(image)
+        for block in self.blocks:
+            h = block(h)
+        moments = None if self.head is None else self.head(h)
+        return moments, h if self.down is None else self.down(h)
+
+
+class PyramidEncoder(nn.Module):
+    """No branches; one residual block a resolution and, where `attention_factors` says, linear attention.
+
+    Args:
+        widths: channels at factor 1, 2, 4, ... down to the coarsest latent.
+        levels: the latents, coarse to fine.
+        moments: values per latent channel (2: mean and log-variance; 1: the latent itself).
+        skip: "skip" and "res_skip" let the pooled image in at every resolution through a 1x1 `from_rgb`;
+            "residual" and "res_skip" put a shortcut around every re-sampling (PDM figure 4).
+        checkpoint_factors: resolutions recomputed in the backward pass.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        levels: Sequence[LatentLevel],
+        *,
+        moments: int,
+        blocks: int = 1,
+        skip: str = "res_skip",
+        pooling: str = "average",
+        attention: str = "linear",
+        attention_factors: Sequence[int] = (),
+        head_channels: int = 64,
+        spectral_norm: bool = True,
+        checkpoint_factors: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        channels = {level.factor: level.channels for level in levels}
+        self.stem = conv2d(3, widths[0], spectral_norm=spectral_norm)
+        self.checkpointed = [1 << i in checkpoint_factors for i in range(len(widths))]
+        self.levels = nn.ModuleList(
+            EncoderLevel(
+                width,
+                blocks=blocks,
+                attention=attention if 1 << i in attention_factors else "none",
+                head_channels=head_channels,
+                spectral_norm=spectral_norm,
+                image_enters=i > 0 and skip in ("skip", "res_skip"),
+                latent_channels=moments * channels.get(1 << i, 0),
+                next_width=widths[i + 1] if i + 1 < len(widths) else None,
+                residual=skip in ("residual", "res_skip"),
+                pooling=pooling,
+            )
+            for i, width in enumerate(widths)
+        )
+
+    def forward(self, image: Tensor) -> Pyramid:
+        """(B, 3, H, W) in [-1, 1] -> moments of each latent level, coarse to fine, (B, moments * C_i, H/f_i, W/f_i)."""
+        found = []
+        h = self.stem(image)
+        for i, (level, recompute) in enumerate(zip(self.levels, self.checkpointed, strict=True)):
+            if i > 0:
+                image = box_down(image)
+            if recompute and torch.is_grad_enabled():
+                moments, h = checkpoint(level, h, image, use_reentrant=False)
+            else:
+                moments, h = level(h, image)
+            if moments is not None:
+                found.append(moments)
+        return tuple(reversed(found))

@@ -1,0 +1,49 @@
+"""`pyramid-ldm sample`."""
+
+import argparse
+from pathlib import Path
+
+from pyramid_ldm.cli.common import add_device
+
+NAME = "sample"
+HELP = "draw new images with a trained flow"
+EXAMPLE = "pyramid-ldm sample runs/scapes2k-flow --num 16 --seed 0 --solver rk45 --out samples/"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FLOW_RUN --num --out and how."""
+    parser.add_argument("flow", metavar="FLOW_RUN", type=Path, help="a run directory of train-flow")
+    parser.add_argument("--num", type=int, default=16, help="images (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
+    parser.add_argument("--first", type=int, default=0, help="index of the first image (default: 0)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for PNGs, grid.png and samples.jsonl")
+    parser.add_argument("--solver", default="rk45", choices=["rk45", "euler"], help="default: rk45")
+    parser.add_argument("--steps", type=int, default=200, help="Euler's steps (default: 200)")
+    parser.add_argument("--rtol", type=float, default=1e-5, help="RK45's relative tolerance (default: 1e-5)")
+    parser.add_argument("--atol", type=float, default=1e-5, help="RK45's absolute tolerance (default: 1e-5)")
+    parser.add_argument("--max-nfe", type=int, default=2_000, help="give up after so many evaluations (default: 2000)")
+    parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Always finishes."""
+    from pyramid_ldm.evaluation.sampling import sample_to_folder
+    from pyramid_ldm.pipeline import SolverOptions
+    from pyramid_ldm.training.runtime import start
+
+    options = SolverOptions(arguments.solver, arguments.steps, arguments.rtol, arguments.atol, arguments.max_nfe)
+    runtime = start(arguments.device, arguments.precision)
+    indices = list(range(arguments.first, arguments.first + arguments.num))
+    sample_to_folder(
+        arguments.flow,
+        arguments.out,
+        indices[runtime.rank :: runtime.ranks],
+        arguments.seed,
+        options,
+        batch_size=arguments.batch_size,
+        device=runtime.device,
+        bf16=runtime.bf16,
+    )
+    runtime.barrier()
+    return True

@@ -1,0 +1,31 @@
+"""`pyramid-ldm train-ae`."""
+
+import argparse
+import sys
+
+from pyramid_ldm.cli.common import add_training, find_config
+
+NAME = "train-ae"
+HELP = "stage one: train the pyramid autoencoder on a folder of photographs (run again to resume)"
+EXAMPLE = "pyramid-ldm train-ae autoencoder_configs/scapes2k.yaml data.root=photos/"
+KIND = "autoencoder_configs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...]"""
+    add_training(parser)
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Whether training reached its end."""
+    from pyramid_ldm.config import AutoencoderTraining, load_config
+
+    config = load_config(AutoencoderTraining, find_config(arguments.config, KIND), arguments.overrides)
+    from pyramid_ldm.training.train_autoencoder import train_autoencoder
+
+    directory, finished = train_autoencoder(config)
+    if finished:
+        print(f"done: {directory}\nnext: pyramid-ldm encode {directory} --data {config.data.root} --out latents/")
+    else:
+        print(f"stopped; {directory} holds a checkpoint. To resume, run the same command again.", file=sys.stderr)
+    return finished

@@ -1,0 +1,31 @@
+"""`pyramid-ldm train-flow`."""
+
+import argparse
+import sys
+
+from pyramid_ldm.cli.common import add_training, find_config
+
+NAME = "train-flow"
+HELP = "stage two: train the flow network on latent shards (run again to resume)"
+EXAMPLE = "pyramid-ldm train-flow diffusion_configs/scapes2k.yaml data.shards=latents/"
+KIND = "diffusion_configs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...]"""
+    add_training(parser)
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Whether training reached its end."""
+    from pyramid_ldm.config import FlowTraining, load_config
+
+    config = load_config(FlowTraining, find_config(arguments.config, KIND), arguments.overrides)
+    from pyramid_ldm.training.train_flow import train_flow
+
+    directory, finished = train_flow(config)
+    if finished:
+        print(f"done: {directory}\nnext: pyramid-ldm sample {directory} --num 16 --out samples/")
+    else:
+        print(f"stopped; {directory} holds a checkpoint. To resume, run the same command again.", file=sys.stderr)
+    return finished

@@ -1,0 +1,1 @@
+"""Images, latent shards, and the order in which training sees them."""

@@ -1,0 +1,41 @@
+"""PDM figure 7 from the command line."""
+
+from pathlib import Path
+
+import torch
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.data.images import UnreadableImage, find_images
+from pyramid_ldm.data.photographs import load_crop
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.evaluation.figures import latents_sheet
+from pyramid_ldm.files import write_atomic
+from pyramid_ldm.pyramid import Pyramid
+
+MEAN_IMAGES = 64
+
+
+@torch.inference_mode()
+def latents_to_file(
+    autoencoder_run: Path, data: Path, out: Path, number: int, fill: str, device: torch.device, scale: int = 1
+) -> None:
+    """Writes the sheet for image `number` of the folder. `fill`: "zero" or "mean" (of up to 64 images' latents)."""
+    autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run).to(device)
+    files = find_images(data)
+    if not 0 <= number < len(files):
+        raise UserError(f"--image {number}: {data} holds images 0 to {len(files) - 1}")
+    size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
+
+    def load(path: str) -> torch.Tensor:
+        return load_crop(path, size, zoom=1.0, top=0.5, left=0.5).to(device)
+
+    try:
+        image = load(files[number].path)
+        chosen = files[:: max(1, len(files) // MEAN_IMAGES)] if fill == "mean" else files[number : number + 1]
+        parts = [autoencoder.encode(load(file.path)[None]).mode() for file in chosen]
+    except UnreadableImage as error:
+        raise UserError(str(error)) from None
+    means: Pyramid = tuple(torch.cat(level).mean(dim=(0, 2, 3), keepdim=True) for level in zip(*parts, strict=True))
+    filler = means if fill == "mean" else tuple(torch.zeros_like(level) for level in means)
+    sheet = latents_sheet(autoencoder, image, filler, scale)
+    write_atomic(out, lambda temporary: sheet.save(temporary, format="PNG"))

@@ -1,0 +1,88 @@
+"""Samples to a folder: PNGs that say how they were made, a grid, and a line a picture in samples.jsonl."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.evaluation.figures import grid
+from pyramid_ldm.files import write_atomic
+from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+
+GRID_IMAGES = 64
+
+
+def sample_to_folder(
+    flow: Path,
+    out: Path,
+    indices: list[int],
+    seed: int,
+    options: SolverOptions,
+    *,
+    batch_size: int,
+    device: torch.device,
+    bf16: bool,
+) -> list[Path]:
+    """Draws images `indices` of `seed`; returns their paths. Each is on disk as soon as its batch is done."""
+    if not indices:
+        raise UserError("--num must be at least 1")
+    pipeline = PyramidPipeline.from_pretrained(flow).to(device)
+    out.mkdir(parents=True, exist_ok=True)
+    solver = f"euler, {options.steps} steps" if options.solver == "euler" else f"rk45, tolerance {options.rtol:g}"
+    height, width = pipeline.autoencoder.config.image_size
+    print(
+        f"sample: {len(indices)} images of {height}x{width}, seed {seed}, {solver}, batch {batch_size}, {device}; "
+        f"to {out}",
+        file=sys.stderr,
+    )
+    paths: list[Path] = []
+    thumbnails: list[Image.Image] = []
+    with tqdm(total=len(indices), unit="img", desc="sample", disable=not sys.stderr.isatty()) as bar:
+
+        def progress(nfe: int, t: float) -> None:
+            bar.set_postfix_str(f"t {t:.3f}, {nfe} evaluations")
+
+        began = time.monotonic()
+        stream = pipeline.stream(indices, seed, options, batch_size=batch_size, bf16=bf16, progress=progress)
+        for output in stream:
+            seconds = (time.monotonic() - began) / len(output.images)
+            for image in output.images:
+                index = indices[len(paths)]
+                record = {
+                    "seed": seed, "index": index, "solver": options.solver, "nfe": output.nfe,
+                    "checkpoint": pipeline.checkpoint,
+                }  # fmt: skip
+                path = out / f"seed{seed:04d}-{index:06d}.png"
+                write_png(image, path, record)
+                append_line(out / "samples.jsonl", {"file": path.name, **record, "seconds": round(seconds, 3)})
+                paths.append(path)
+                if len(thumbnails) < GRID_IMAGES:
+                    thumbnails.append(image)
+            bar.update(len(output.images))
+            began = time.monotonic()
+    sheet = grid(thumbnails)
+    write_atomic(out / "grid.png", lambda temporary: sheet.save(temporary, format="PNG"))
+    print(f"done: {len(paths)} images and grid.png in {out}; {output.nfe} evaluations in the last batch", file=sys.stderr)
+    return paths
+
+
+def write_png(image: Image.Image, path: Path, record: dict[str, object]) -> None:
+    """A PNG with `record` as JSON in the text chunk "pyramid_ldm"."""
+    text = PngInfo()
+    text.add_text("pyramid_ldm", json.dumps(record))
+    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
+
+
+def append_line(path: Path, record: dict[str, object]) -> None:
+    """One JSON line in one write, so that several processes may append."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,1 @@
+"""Stage two: rectified flow, the pyramid NCSN++ and the samplers."""

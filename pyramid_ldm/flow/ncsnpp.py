@@ -1,0 +1,285 @@
+"""The pyramid NCSN++ (PDM section 3.3, figure 6; NCSN++: Song et al. 2021).
+
+The backbone is NCSN++ on the finest latent. Every coarser latent has a branch: on the way down its features are added
+to the backbone at its own resolution (input skip), on the way up the backbone's features there, together with the
+branch's own, give that level's velocity (res-skip). Without coarser latents this is NCSN++.
+"""
+
+import math
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pyramid_ldm.config.flow import FlowConfig
+from pyramid_ldm.nn.attention import build_attention
+from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, group_norm, linear, rescaled_sum
+from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, nearest_up
+from pyramid_ldm.nn.resblock import Resample, ResidualBlock
+from pyramid_ldm.pyramid import LatentLevel, Pyramid, level_shapes
+from pyramid_ldm.serialization import load_model, resolve_model_directory, save_model
+
+
+class TimeEmbedding(nn.Module):
+    """Fixed random Fourier features of log(999 t), then two linear layers; t of shape (B,) in (0, 1]."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, *, scale: float, spectral_norm: bool) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(width) * scale)
+        self.linear1 = linear(2 * width, 4 * width, spectral_norm=spectral_norm)
+        self.linear2 = linear(4 * width, 4 * width, spectral_norm=spectral_norm)
+
+    def forward(self, t: Tensor) -> Tensor:
+        with torch.autocast(t.device.type, enabled=False):  # the angles reach hundreds of radians
+            angles = 2 * math.pi * torch.log(999 * t.float())[:, None] * self.frequencies
+            features = torch.cat([angles.sin(), angles.cos()], dim=1)
+        embedding: Tensor = self.linear2(F.silu(self.linear1(features)))
+        return embedding
+
+
+class VelocityHead(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution that starts at zero; exempt from spectral norm."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width)
+        self.conv = conv2d(width, channels)
+        nn.init.zeros_(self.conv.weight)
+
+    def forward(self, h: Tensor) -> Tensor:
+        velocity: Tensor = self.conv(F.silu(self.norm(h)))
+        return velocity
+
+
+class _Blocks(nn.Module):
+    """Residual blocks with attention after each, all at one resolution."""
+
+    def __init__(self, widths_in: list[int], width: int, make: "_Factory", *, attention: list[bool]) -> None:
+        super().__init__()
+        self.residual = nn.ModuleList(make.block(w, width) for w in widths_in)
+        self.attention = nn.ModuleList(make.attention(width) if has else nn.Identity() for has in attention)
+        self.recompute = make.config.checkpoint
+
+    def step(self, i: int, h: Tensor, embedding: Tensor) -> Tensor:
+        """Block i and what follows it."""
+
+        def run(h: Tensor, embedding: Tensor) -> Tensor:
+            out: Tensor = self.attention[i](self.residual[i](h, embedding))
+            return out
+
+        if self.recompute and torch.is_grad_enabled():
+            result: Tensor = checkpoint(run, h, embedding, use_reentrant=False)
+            return result
+        return run(h, embedding)
+
+    def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
+        for i in range(len(self.residual)):
+            h = self.step(i, h, embedding)
+        return h
+
+
+class _Factory:
+    """Makes blocks and attention for one resolution with the network's settings."""
+
+    def __init__(self, config: FlowConfig, factor: int, dropout: float) -> None:
+        self.config, self.dropout = config, dropout
+        self.has_attention = config.attention != "none" and factor in (config.attention_factors or [])
+
+    def block(self, inputs: int, outputs: int, resample: Resample | None = None) -> ResidualBlock:
+        return ResidualBlock(
+            inputs,
+            outputs,
+            embedding=4 * self.config.widths[0],
+            resample=resample,
+            dropout=self.dropout,
+            spectral_norm=self.config.spectral_norm,
+        )
+
+    def attention(self, width: int) -> nn.Module:
+        return build_attention(
+            self.config.attention,
+            width,
+            head_channels=self.config.head_channels,
+            spectral_norm=self.config.spectral_norm,
+            rescale=True,
+        )
+
+
+class LevelBranch(nn.Module):
+    """One coarse latent's way into the backbone and its velocity's way out."""
+
+    def __init__(self, channels: int, width: int, make: _Factory) -> None:
+        super().__init__()
+        depth = make.config.branch_blocks
+        attention = [make.has_attention] * depth
+        self.input = conv2d(channels, width, spectral_norm=make.config.spectral_norm)
+        self.enter = _Blocks([width] * depth, width, make, attention=attention)
+        self.leave = _Blocks([width] * depth, width, make, attention=attention)
+        self.head = VelocityHead(width, channels)
+
+    def features(self, latent: Tensor, embedding: Tensor) -> Tensor:
+        """What is added to the backbone on the way down."""
+        out: Tensor = self.enter(self.input(latent), embedding)
+        return out
+
+    def velocity(self, backbone: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
+        """This level's velocity, from the backbone on the way up and the branch's own features."""
+        out: Tensor = self.head(self.leave(rescaled_sum(backbone, features), embedding))
+        return out
+
+
+class DownLevel(nn.Module):
+    """One resolution on the way down. `combine` lets the re-sampled finest latent in again (NCSN++'s input skip)."""
+
+    def __init__(
+        self, width_in: int, width: int, make: _Factory, *, down: Resample | None, latent_channels: int
+    ) -> None:
+        super().__init__()
+        n = make.config.blocks
+        self.blocks = _Blocks([width_in] + [width] * (n - 1), width, make, attention=[make.has_attention] * n)
+        self.down = make.block(width, width, down) if down else None
+        self.combine = (
+            conv2d(latent_channels, width, 1, spectral_norm=make.config.spectral_norm) if down else None
+        )
+
+
+class UpLevel(nn.Module):
+    """One resolution on the way up; attention once, after the last block. `head` adds to the finest velocity
+    (NCSN++'s output skip)."""
+
+    def __init__(
+        self, width_in: int, skips: list[int], width: int, make: _Factory, *, up: Resample | None, latent_channels: int
+    ) -> None:
+        super().__init__()
+        inputs = [previous + skip for previous, skip in zip([width_in] + [width] * (len(skips) - 1), skips, strict=True)]
+        last = [i == len(skips) - 1 and make.has_attention for i in range(len(skips))]
+        self.blocks = _Blocks(inputs, width, make, attention=last)
+        self.head = VelocityHead(width, latent_channels)
+        self.up = make.block(width, width, up) if up else None
+
+
+class PyramidNCSNpp(nn.Module):
+    """Velocity of every latent level: `network(latents, t)` with latents coarse to fine and t (B,) in (0, 1].
+
+    Levels, widths and attention are in `FlowConfig`; `widths[i]` belongs to factor finest * 2^i.
+    """
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.levels = [LatentLevel(level.factor, level.channels) for level in config.levels]
+        self.shapes = level_shapes(self.levels, config.image_size)
+        finest, sn, widths = self.levels[-1], config.spectral_norm, config.widths
+        depth = len(widths)
+        self.factors = [finest.factor << i for i in range(depth)]  # fine to coarse
+        rates = decreasing_dropout(depth, config.dropout)[::-1]
+        makers = [_Factory(config, factor, rate) for factor, rate in zip(self.factors, rates, strict=True)]
+        self.downs = [self._resampling(i, fir_down, box_down) for i in range(depth - 1)]
+        self.ups = [self._resampling(i, fir_up, nearest_up) for i in range(depth - 1)]
+
+        self.time = TimeEmbedding(widths[0], scale=config.fourier_scale, spectral_norm=sn)
+        self.input = conv2d(finest.channels, widths[0], spectral_norm=sn)
+        arriving = [widths[0], *widths[:-1]]
+        place = {factor: i for i, factor in enumerate(self.factors)}
+        self.branches = nn.ModuleDict(
+            {
+                str(level.factor): LevelBranch(level.channels, widths[place[level.factor]], makers[place[level.factor]])
+                for level in self.levels[:-1]
+            }
+        )
+        self.down_levels = nn.ModuleList(
+            DownLevel(
+                arriving[i],
+                widths[i],
+                makers[i],
+                down=self.downs[i] if i + 1 < depth else None,
+                latent_channels=finest.channels,
+            )
+            for i in range(depth)
+        )
+        coarsest = makers[-1]
+        self.middle = _Blocks(
+            [widths[-1]] * 2, widths[-1], coarsest, attention=[config.attention != "none", False]
+        )
+        skips = [widths[0]]  # widths of the features stored on the way down
+        for i, width in enumerate(widths):
+            skips += [width] * (config.blocks + (i + 1 < depth))
+        self.up_levels = nn.ModuleList()
+        for i in reversed(range(depth)):
+            taken = [skips.pop() for _ in range(config.blocks + 1)]
+            self.up_levels.append(
+                UpLevel(
+                    widths[min(i + 1, depth - 1)],
+                    taken,
+                    widths[i],
+                    makers[i],
+                    up=self.ups[i - 1] if i else None,
+                    latent_channels=finest.channels,
+                )
+            )
+
+    def _resampling(self, i: int, fir: Resample, plain: Resample) -> Resample:
+        """Between resolution i and the next coarser one: FIR, but box or nearest where the finer is 4x4 or smaller
+        (FIR's zero padding would lose up to 44% of the signal there)."""
+        small = min(side // self.factors[i] for side in self.config.image_size) <= 4
+        return plain if small and not self.config.fir_everywhere else fir
+
+    def forward(self, latents: Pyramid, t: Tensor) -> Pyramid:
+        """Noisy latents (B, C_i, H/f_i, W/f_i), coarse to fine, and t (B,) -> velocities of the same shapes."""
+        embedding = self.time(t)
+        by_factor = dict(zip((level.factor for level in self.levels), latents, strict=True))
+        entered = {
+            factor: self._branch(factor).features(by_factor[factor], embedding)
+            for factor in list(by_factor)[:-1]
+        }
+
+        image = latents[-1]
+        h: Tensor = self.input(image)
+        stored = [h]
+        for i, (factor, level) in enumerate(zip(self.factors, self.down_levels, strict=True)):
+            for n in range(self.config.blocks):
+                h = level.blocks.step(n, h, embedding)
+                if n == 0 and factor in entered:
+                    h = rescaled_sum(h, entered[factor])
+                stored.append(h)
+            if level.down is not None:
+                image = self.downs[i](image)
+                h = level.down(h, embedding) + level.combine(image)
+                stored.append(h)
+
+        h = self.middle(h, embedding)
+
+        velocities: dict[int, Tensor] = {}
+        finest: Tensor | None = None
+        for i, level in zip(reversed(range(len(self.factors))), self.up_levels, strict=True):
+            for n in range(self.config.blocks + 1):
+                h = level.blocks.step(n, torch.cat([h, stored.pop()], dim=1), embedding)
+            factor = self.factors[i]
+            if factor in entered:
+                velocities[factor] = self._branch(factor).velocity(h, entered[factor], embedding)
+            addition = level.head(h)
+            finest = addition if finest is None else self.ups[i](finest) + addition
+            if level.up is not None:
+                h = level.up(h, embedding)
+        assert finest is not None
+        velocities[self.levels[-1].factor] = finest
+        return tuple(velocities[level.factor] for level in self.levels)
+
+    def _branch(self, factor: int) -> LevelBranch:
+        branch = self.branches[str(factor)]
+        assert isinstance(branch, LevelBranch)
+        return branch
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `config.yaml` and `model.safetensors`, spectral norm folded into the weights."""
+        save_model(Path(directory), self.config, self)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Loads what `save_pretrained` wrote, in eval mode, float32, on the CPU."""
+        return load_model(resolve_model_directory(Path(directory), "train-flow"), cls, FlowConfig)

@@ -1,0 +1,1 @@
+"""Building blocks that know no config: layers, re-sampling, attention, residual blocks."""

@@ -1,0 +1,167 @@
+"""Convolutions, norms, spectral norm and the decreasing dropout schedule."""
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+class SpectralNorm(nn.Module):
+    """W / sigma(W), sigma the largest singular value of W as (out, in * k * k) (Miyato et al. 2018; PDM section 3.3).
+
+    sigma = u^T W v with u, v held fixed in `forward`: a forward pass never changes state, so recomputing it under
+    gradient checkpointing, or splitting a batch, gives the same gradient. `advance_spectral_norm` moves u and v.
+    (torch's own parametrization iterates in `forward`, and removing it from a copied module breaks the original.)
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        rows = weight.detach().flatten(1)
+        self.register_buffer("u", F.normalize(torch.randn(rows.shape[0], device=rows.device), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn(rows.shape[1], device=rows.device), dim=0))
+        self.advance(weight, 15)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight / self.sigma(weight)
+
+    def sigma(self, weight: Tensor) -> Tensor:
+        """The current estimate of the largest singular value, a scalar."""
+        return torch.dot(self.u, weight.flatten(1) @ self.v)
+
+    @torch.no_grad()
+    def advance(self, weight: Tensor, iterations: int) -> None:
+        """Power iteration; u and v change in place."""
+        rows = weight.flatten(1)
+        for _ in range(iterations):
+            self.v.copy_(F.normalize(rows.T @ self.u, dim=0, eps=1e-12))
+            self.u.copy_(F.normalize(rows @ self.v, dim=0, eps=1e-12))
+
+
+class SpectralConv2d(nn.Conv2d):
+    """A convolution with a normalised weight; plain once `fold_spectral_norm` has removed `spectral`."""
+
+    spectral: SpectralNorm | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.spectral is None else self.spectral(self.weight)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class SpectralLinear(nn.Linear):
+    """A linear layer with a normalised weight; plain once `fold_spectral_norm` has removed `spectral`."""
+
+    spectral: SpectralNorm | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.spectral is None else self.spectral(self.weight), self.bias)
+
+
+def spectral_layers(model: nn.Module) -> list[tuple[SpectralConv2d | SpectralLinear, SpectralNorm]]:
+    """Every normalised layer and its norm."""
+    return [
+        (module, module.spectral)
+        for module in model.modules()
+        if isinstance(module, SpectralConv2d | SpectralLinear) and module.spectral is not None
+    ]
+
+
+def advance_spectral_norm(model: nn.Module, iterations: int = 1) -> None:
+    """An explicit power iteration for every normalised layer; called once per optimizer step."""
+    for layer, norm in spectral_layers(model):
+        norm.advance(layer.weight, iterations)
+
+
+@torch.no_grad()
+def fold_spectral_norm(model: nn.Module, iterations: int = 0) -> None:
+    """Replaces every normalised weight by its value, after `iterations` of power iteration; in place."""
+    for layer, norm in spectral_layers(model):
+        if layer.weight.device.type != "meta":
+            norm.advance(layer.weight, iterations)
+            layer.weight.copy_(norm(layer.weight))
+        layer.spectral = None
+
+
+def conv2d(inputs: int, outputs: int, kernel: int = 3, *, spectral_norm: bool = False) -> nn.Conv2d:
+    """Size-preserving convolution, Xavier-uniform, zero bias (NCSN++: variance scaling, fan_avg)."""
+    kind = SpectralConv2d if spectral_norm else nn.Conv2d
+    return _initialised(kind(inputs, outputs, kernel, padding=kernel // 2))
+
+
+def linear(inputs: int, outputs: int, *, spectral_norm: bool = False) -> nn.Linear:
+    """Linear layer, Xavier-uniform, zero bias."""
+    return _initialised((SpectralLinear if spectral_norm else nn.Linear)(inputs, outputs))
+
+
+def _initialised(layer: Layer) -> Layer:
+    nn.init.xavier_uniform_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    if isinstance(layer, SpectralConv2d | SpectralLinear):
+        layer.spectral = SpectralNorm(layer.weight)
+    return layer
+
+
+class ZeroConv2d(nn.Module):
+    """A convolution whose output is zero at the start of training.
+
+    Plain: zero weights. Under spectral norm, which cannot normalise zero weights, an ordinary normalised convolution
+    followed by a learned per-channel gain that starts at zero.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, *, spectral_norm: bool = False) -> None:
+        super().__init__()
+        self.conv = conv2d(inputs, outputs, kernel, spectral_norm=spectral_norm)
+        if spectral_norm:
+            self.gain = nn.Parameter(torch.zeros(outputs, 1, 1))
+        else:
+            self.gain = None
+            nn.init.zeros_(self.conv.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return y if self.gain is None else y * self.gain
+
+
+class PixelNorm(nn.Module):
+    """RMS over the channels of each pixel with a learned scale: strictly local in space (as in DC-AE)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Channels last in memory, so the permuted view is contiguous and the fused kernel applies.
+        last = x.permute(0, 2, 3, 1)
+        return F.rms_norm(last, (x.shape[1],), self.weight.to(x.dtype), self.eps).permute(0, 3, 1, 2)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """NCSN++'s: min(C / 4, 32) groups, so at least four channels a group, or 1x1 levels would be normalised to zero."""
+    groups = min(channels // 4, 32)
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+def rescaled_sum(a: Tensor, b: Tensor) -> Tensor:
+    """(a + b) / sqrt 2: keeps unit variance (NCSN++'s skip_rescale)."""
+    return (a + b) * math.sqrt(0.5)
+
+
+def decreasing_dropout(levels: int, highest: float) -> list[float]:
+    """Dropout per level, lowest resolution first: from `highest` linearly to 0 (PDM section 3.3, "Concept Aliasing").
+
+    One level alone gets 0: it is the highest resolution.
+    """
+    if levels == 1:
+        return [0.0]
+    return [highest * (1 - level / (levels - 1)) for level in range(levels)]

@@ -1,0 +1,188 @@
+"""From noise to images: what `pyramid-ldm sample` and a notebook use."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.data.images import to_pil
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.files import read_json, sha256, write_json
+from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.flow.samplers import Progress, Solution, euler, rk45
+from pyramid_ldm.pyramid import LatentScaling, Pyramid, pyramid_noise
+from pyramid_ldm.serialization import resolve_model_directory
+
+FORMAT = 1
+MANIFEST = "pipeline.json"
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """Samples of one call (or one batch of it)."""
+
+    images: list[Image.Image]
+    latents: Pyramid  # raw (unscaled), (N, C_i, H/f_i, W/f_i), on the CPU
+    nfe: int  # velocity evaluations; the mean over batches, rounded, where there were several
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """How the flow is solved. `steps` is Euler's; the tolerances are RK45's."""
+
+    solver: str = "rk45"
+    steps: int = 200
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    max_nfe: int = 2_000
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("rk45", "euler"):
+            raise UserError(f"solver is {self.solver!r}; choose rk45 or euler")
+        if min(self.rtol, self.atol) <= 0 or min(self.steps, self.max_nfe) < 1:
+            raise UserError("rtol and atol must be above 0, steps and max_nfe at least 1")
+
+
+class PyramidPipeline:
+    """A flow network, the autoencoder whose latents it learned, and the scaling between them.
+
+    Args:
+        eps: where sampling starts (PDM section 4.2), as in training.
+        checkpoint: identifies the flow weights, for the record of a sample.
+    """
+
+    def __init__(
+        self,
+        flow: PyramidNCSNpp,
+        autoencoder: PyramidAutoencoder,
+        scaling: LatentScaling,
+        *,
+        eps: float = 1e-3,
+        checkpoint: str = "",
+    ) -> None:
+        self.flow, self.autoencoder = flow.eval(), autoencoder.eval()
+        self.scaling, self.eps, self.checkpoint = scaling, eps, checkpoint
+        self.device = torch.device("cpu")
+
+    def to(self, device: str | torch.device) -> Self:
+        """Moves both networks; returns self."""
+        self.device = torch.device(device)
+        for network in (self.flow, self.autoencoder):
+            network.to(self.device, memory_format=torch.channels_last)
+        return self
+
+    def __call__(
+        self,
+        num_images: int = 1,
+        *,
+        seed: int = 0,
+        first_index: int = 0,
+        solver: str = "rk45",
+        steps: int = 200,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        max_nfe: int = 2_000,
+        batch_size: int = 8,
+        bf16: bool = False,
+    ) -> PipelineOutput:
+        """Draws images `first_index`, `first_index` + 1, ... of `seed`.
+
+        Image k of a seed has the same initial noise whatever the batch size. `bf16` computes both networks in
+        bfloat16; the solver's state stays float32. Raises SamplerError where the solve cannot go on.
+        """
+        options = SolverOptions(solver, steps, rtol, atol, max_nfe)
+        indices = list(range(first_index, first_index + num_images))
+        outputs = list(self.stream(indices, seed, options, batch_size=batch_size, bf16=bf16))
+        return PipelineOutput(
+            [image for output in outputs for image in output.images],
+            tuple(torch.cat(level) for level in zip(*(output.latents for output in outputs), strict=True)),
+            round(sum(output.nfe for output in outputs) / len(outputs)),
+        )
+
+    def stream(
+        self,
+        indices: list[int],
+        seed: int,
+        options: SolverOptions,
+        *,
+        batch_size: int = 8,
+        bf16: bool = False,
+        progress: Progress | None = None,
+    ) -> Iterator[PipelineOutput]:
+        """Yields one output a batch, as soon as it is done."""
+        if not indices or batch_size < 1:
+            raise UserError("num_images and batch_size must be at least 1")
+        for start in range(0, len(indices), batch_size):
+            chosen = indices[start : start + batch_size]
+            noise = pyramid_noise(self.flow.shapes, seed, "sample", chosen)
+            solution = self.solve(noise, options, bf16=bf16, progress=progress)
+            latents = self.scaling.unscale(solution.latents)
+            images = [to_pil(image) for image in self.decode(latents, bf16=bf16)]
+            yield PipelineOutput(images, tuple(level.cpu() for level in latents), solution.nfe)
+
+    @torch.inference_mode()
+    def solve(
+        self, noise: Pyramid, options: SolverOptions, *, bf16: bool = False, progress: Progress | None = None
+    ) -> Solution:
+        """Scaled latents at t = 1 from noise at t = eps."""
+        noise = tuple(level.to(self.device) for level in noise)
+
+        def velocity(latents: Pyramid, t: Tensor) -> Pyramid:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+                result: Pyramid = self.flow(latents, t)
+            return result
+
+        if options.solver == "euler":
+            return euler(
+                velocity, noise, steps=options.steps, eps=self.eps, max_nfe=max(options.max_nfe, options.steps),
+                progress=progress,
+            )  # fmt: skip
+        return rk45(
+            velocity, noise, rtol=options.rtol, atol=options.atol, eps=self.eps, max_nfe=options.max_nfe,
+            progress=progress,
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def decode(self, latents: Pyramid, *, bf16: bool = False) -> Iterator[Tensor]:
+        """Raw latents to images (3, H, W) in [-1, 1], one at a time: a 2K image needs the memory of one."""
+        for parts in zip(*(level.split(1) for level in latents), strict=True):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+                image = self.autoencoder.decode(tuple(part.to(self.device) for part in parts))[0].float()
+            if not torch.isfinite(image).all():  # too large for bfloat16's rounding to survive: once more, in float32
+                image = self.autoencoder.decode(tuple(part.to(self.device) for part in parts))[0]
+            yield image.cpu()
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes `flow/`, `autoencoder/` and `pipeline.json`: a directory that can be moved alone."""
+        directory = Path(directory)
+        self.flow.save_pretrained(directory / "flow")
+        self.autoencoder.save_pretrained(directory / "autoencoder")
+        write_json(directory / MANIFEST, {"format": FORMAT, "eps": self.eps, "scaling": asdict(self.scaling)})
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> Self:
+        """Loads a model directory, or a flow run's `model/`, in eval mode, float32, on the CPU.
+
+        Raises UserError where something is missing or does not fit.
+        """
+        home = resolve_model_directory(Path(directory), "train-flow", MANIFEST)
+        manifest = read_json(home / MANIFEST, "copy the model directory whole")
+        if manifest.get("format") != FORMAT:
+            raise UserError(f"{home / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}")
+        flow = PyramidNCSNpp.from_pretrained(home / "flow")
+        autoencoder = PyramidAutoencoder.from_pretrained(home / "autoencoder")
+        if flow.levels != autoencoder.levels:
+            raise UserError(f"{home}: the flow's levels {flow.levels} are not the autoencoder's {autoencoder.levels}")
+        scaling = manifest["scaling"]
+        return cls(
+            flow,
+            autoencoder,
+            LatentScaling(*(tuple(tuple(level) for level in scaling[key]) for key in ("mean", "std"))),
+            eps=manifest["eps"],
+            checkpoint=sha256(home / "flow" / "model.safetensors")[:16],
+        )

@@ -1,0 +1,144 @@
+"""The machine a run stands on: device, precision, processes."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.randomness import derive_seed
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where tensors live, in what precision layers compute, and which of how many processes this is."""
+
+    device: torch.device
+    bf16: bool
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 where the run uses it."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def wrap(self, model: nn.Module, compile_model: bool = False) -> nn.Module:
+        """The module to call in training: compiled if asked, DDP if there are several processes."""
+        if compile_model:
+            model = torch.compile(model)  # type: ignore[assignment]
+        if self.ranks == 1:
+            return model
+        # Spectral-norm vectors move by an explicit call, alike on every rank: nothing to broadcast.
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.ranks > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """Each value's mean over processes, which must agree on the names."""
+        if self.ranks == 1 or not values:
+            return values
+        total = self.sum(torch.tensor(list(values.values()), dtype=torch.float32, device=self.device))
+        return dict(zip(values, (total / self.ranks).tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        if self.ranks == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Waits for every process."""
+        if self.ranks > 1:
+            dist.barrier()
+
+    def seed_step(self, seed: int, images_seen: int) -> None:
+        """Seeds what a forward pass draws (dropout) from (seed, rank, images seen)."""
+        torch.manual_seed(derive_seed(seed, "step", self.rank, images_seen))
+
+
+def start(device: str, precision: str) -> Runtime:
+    """Picks device and precision, and joins the other processes when started by torchrun."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if ranks > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Runtime(chosen, use_bf16(precision, chosen), rank, ranks)
+
+
+def finish() -> None:
+    """Leaves the process group, if any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """"auto" is CUDA, else Apple's MPS, else the CPU. UserError where a named device is not there."""
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local_rank)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device={device}: PyTorch {torch.__version__} sees no CUDA device here; use device=cpu")
+    return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """"auto" is bfloat16 where it is fast: recent CUDA devices, and CPUs with AVX512-BF16 or AMX."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and cpu_has_bf16()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware, as far as Linux tells."""
+    with contextlib.suppress(OSError):
+        return any(flag in Path("/proc/cpuinfo").read_text() for flag in (" avx512_bf16", " amx_bf16"))
+    return False
+
+
+class StopRequest:
+    """Set by Ctrl-C or SIGTERM; a loop looks at it between steps. A second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Installs the handlers for the length of a loop."""
+    request = StopRequest()
+    previous = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,45 @@
+"""One optimizer step, guarded against values that are not finite."""
+
+import torch
+from torch import nn
+
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.training.log import Metrics
+from pyramid_ldm.training.runtime import Runtime
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The same rate for every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def take_step(
+    optimizer: torch.optim.Optimizer, model: nn.Module, clip: float, runtime: Runtime, metrics: Metrics, name: str
+) -> bool:
+    """Clips, steps and clears the gradients; skips the step on every process if the norm is not finite on one."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
+    finite = not runtime.any(not bool(torch.isfinite(norm)))
+    if finite:
+        optimizer.step()
+        metrics.add({name: norm})
+    optimizer.zero_grad(set_to_none=True)
+    return finite
+
+
+class NonFinite:
+    """Counts steps that were skipped; the run stops after `limit` in a row."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.count, self.in_a_row = limit, 0, 0
+
+    def record(self, finite: bool, sources: list[str]) -> bool:
+        """Returns `finite`; UserError with the batch's sources at the limit."""
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.count += not finite
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"{self.limit} steps in a row gave a loss that is not finite; lower train.learning_rate or use "
+                f"precision=fp32; the last batch: {', '.join(sources[:8])}"
+            )
+        return finite

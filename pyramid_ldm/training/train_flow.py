@@ -1,0 +1,234 @@
+"""Stage two: cached latents to a rectified-flow network."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.config.common import LevelConfig
+from pyramid_ldm.config.flow import FlowTraining
+from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents
+from pyramid_ldm.evaluation.figures import grid
+from pyramid_ldm.files import replace_directory
+from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.flow.rectified_flow import RectifiedFlow
+from pyramid_ldm.nn.layers import advance_spectral_norm
+from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+from pyramid_ldm.pyramid import LatentScaling, level_shapes, unflatten
+from pyramid_ldm.training.checkpoint import load_newest, prune, save_checkpoint
+from pyramid_ldm.training.ema import PowerEma
+from pyramid_ldm.training.encode import AUTOENCODER
+from pyramid_ldm.training.log import Metrics, RunLog
+from pyramid_ldm.training.run import batches, open_run
+from pyramid_ldm.training.runtime import Runtime, start, stop_on_signal
+from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
+from pyramid_ldm.training.step import NonFinite, set_learning_rate, take_step
+
+
+@dataclass
+class State:
+    """Everything that a step changes."""
+
+    network: PyramidNCSNpp
+    optimizer: torch.optim.Optimizer
+    ema: PowerEma
+    images_seen: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "images_seen": self.images_seen,
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Strict."""
+        self.images_seen = state["images_seen"]
+        self.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def build_state(config: FlowTraining, device: torch.device) -> State:
+    """Network, optimizer and averages at zero images, on `device`."""
+    torch.manual_seed(config.seed)
+    network = PyramidNCSNpp(config.model).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(
+        network.parameters(),
+        lr=config.train.learning_rate,
+        betas=(config.train.beta1, config.train.beta2),
+        fused=device.type in ("cuda", "cpu"),
+    )
+    return State(network, optimizer, PowerEma(network, config.ema.widths))
+
+
+def train_flow(config: FlowTraining) -> tuple[Path, bool]:
+    """Runs, or resumes, stage two. Returns (run directory, whether it reached `train.images`)."""
+    runtime = start(config.device, config.precision)
+    cache = LatentCache(Path(config.data.shards))
+    config.model.resolve(cache.plan.image_size, [LevelConfig(f, c) for f, c in cache.plan.levels])
+    run = open_run(config, f"{cache.plan.data}-{cache.plan.autoencoder}", runtime)
+    state = build_state(config, runtime.device)
+    resumed, skipped = load_newest(run)
+    if resumed is not None:
+        state.load_state_dict(resumed)
+    model = runtime.wrap(state.network, config.compile)
+    scaling = cache.scaling(config.scaling)
+    flow = RectifiedFlow(config.rectified_flow.eps, config.rectified_flow.level_weights)
+
+    train = config.train
+    per_step = train.batch_size * train.accumulate * runtime.ranks
+    total = whole_steps(train.images, per_step)
+    feed = batches(
+        LatentRecords(cache, cache.indices("train"), config.seed, config.data.posterior),
+        collate_latents,
+        start=state.images_seen,
+        stop=total,
+        batch_size=train.batch_size,
+        workers=config.data.workers,
+        runtime=runtime,
+    )
+    nonfinite = NonFinite(train.max_nonfinite)
+    metrics = Metrics()
+
+    with (
+        stop_on_signal() as stop,
+        RunLog(run, main=runtime.main, start=state.images_seen, total=total, name="train-flow") as log,
+    ):
+        for line in skipped:
+            log.say(line)
+        log.say(describe(config, cache, state, scaling, runtime, total))
+        while state.images_seen < total and not runtime.any(stop.requested):
+            before = state.images_seen
+            rate = learning_rate(train, before)
+            set_learning_rate(state.optimizer, rate)
+
+            for micro in range(train.accumulate):
+                latents, noise, time, _ = next(feed)
+                runtime.seed_step(config.seed, before + micro * train.batch_size * runtime.ranks)
+                with runtime.autocast():
+                    metrics.add(accumulate(flow, model, scaling, state.network, latents, noise, time, train.accumulate))
+
+            finite = take_step(state.optimizer, state.network, train.gradient_clip, runtime, metrics, "grad_norm")
+            state.images_seen = before + per_step
+            if nonfinite.record(finite, [f"positions {before} to {state.images_seen}"]):
+                advance_spectral_norm(state.network)
+                state.ema.update(state.network, state.images_seen, per_step)
+
+            log.advance(state.images_seen)
+            last = state.images_seen >= total
+            if due(config.log.every, before, state.images_seen) or last:
+                values = runtime.mean(metrics.take())
+                log.metrics(state.images_seen, values | {"learning_rate": rate, "nonfinite": float(nonfinite.count)})
+            pictures = due(config.log.pictures_every, before, state.images_seen) or last
+            if runtime.main and pictures:
+                examine(config, cache, flow, scaling, state, runtime, log)
+            if due(config.checkpoint.every, before, state.images_seen) or last:
+                save(config, run, cache, scaling, state, runtime)
+        if state.images_seen < total:
+            save(config, run, cache, scaling, state, runtime)
+    runtime.barrier()
+    return run, state.images_seen >= total
+
+
+def accumulate(
+    flow: RectifiedFlow,
+    model: nn.Module,
+    scaling: LatentScaling,
+    network: PyramidNCSNpp,
+    latents: Tensor,
+    noise: Tensor,
+    time: Tensor,
+    micro_steps: int,
+) -> dict[str, Tensor]:
+    """One micro-batch of raw latents (B, D), noise (B, D) and uniform values (B,): adds its gradient."""
+    device = next(network.parameters()).device
+    latents, noise, time = (x.to(device, non_blocking=True) for x in (latents, noise, time))
+    data = scaling.scale(unflatten(latents, network.shapes))
+    loss = flow.loss(model, data, unflatten(noise, network.shapes), flow.time(time))
+    (loss.total / micro_steps).backward()
+    return {"loss": loss.total} | named_levels(network, loss.levels)
+
+
+def named_levels(network: PyramidNCSNpp, values: Tensor, prefix: str = "loss") -> dict[str, Tensor]:
+    """{"loss_4x4": ...}: one value a level under its resolution."""
+    return {f"{prefix}_{h}x{w}": value for (_, h, w), value in zip(network.shapes, values, strict=True)}
+
+
+@torch.no_grad()
+def examine(
+    config: FlowTraining,
+    cache: LatentCache,
+    flow: RectifiedFlow,
+    scaling: LatentScaling,
+    state: State,
+    runtime: Runtime,
+    log: RunLog,
+) -> None:
+    """The EMA network: held-out loss per level, and samples of fixed seeds."""
+    pipeline = make_pipeline(config, cache, scaling, state).to(runtime.device)
+    held_out = cache.indices("held_out")
+    if held_out:
+        records = LatentRecords(cache, held_out, config.seed, config.data.posterior, shuffle=False)
+        found = []
+        for start_at in range(0, min(256, 4 * len(held_out)), 32):  # several times and noises for each image
+            batch = collate_latents([records[start_at + i] for i in range(32)])
+            latents, noise, time = (x.to(runtime.device) for x in batch[:3])
+            data = scaling.scale(unflatten(latents, state.network.shapes))
+            with runtime.autocast():
+                found.append(
+                    flow.loss(pipeline.flow, data, unflatten(noise, state.network.shapes), flow.time(time)).levels
+                )
+        losses = named_levels(state.network, torch.stack(found).mean(dim=0), "held_out")
+        values = {name: float(value) for name, value in losses.items()}
+        log.metrics(state.images_seen, values)
+        log.say("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    options = SolverOptions("euler", steps=config.samples.steps)
+    indices = list(range(config.log.pictures))
+    images = [
+        image
+        for output in pipeline.stream(indices, config.samples.seed, options, bf16=runtime.bf16)
+        for image in output.images
+    ]
+    log.picture("samples", state.images_seen, grid(images))
+
+
+def make_pipeline(config: FlowTraining, cache: LatentCache, scaling: LatentScaling, state: State) -> PyramidPipeline:
+    """The EMA network with the autoencoder that lies beside the shards."""
+    autoencoder = PyramidAutoencoder.from_pretrained(cache.directory / AUTOENCODER)
+    averaged = state.ema.export(state.network, config.ema.export)
+    return PyramidPipeline(averaged, autoencoder, scaling, eps=config.rectified_flow.eps)
+
+
+def save(
+    config: FlowTraining, run: Path, cache: LatentCache, scaling: LatentScaling, state: State, runtime: Runtime
+) -> None:
+    """A checkpoint and the exported pipeline."""
+    if runtime.main:
+        save_checkpoint(run, state.images_seen, state.state_dict())
+        prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        replace_directory(run / "model", make_pipeline(config, cache, scaling, state).save_pretrained)
+    runtime.barrier()
+
+
+def describe(
+    config: FlowTraining, cache: LatentCache, state: State, scaling: LatentScaling, runtime: Runtime, total: int
+) -> str:
+    """What is about to happen, in a few lines."""
+    levels = ", ".join(
+        f"{h}x{w}x{c} std {sum(std) / len(std):.3g}"
+        for (c, h, w), std in zip(level_shapes(state.network.levels, cache.plan.image_size), scaling.std, strict=True)
+    )
+    parameters = sum(p.numel() for p in state.network.parameters()) / 1e6
+    beginning = f"resuming at {state.images_seen}" if state.images_seen else "from the start"
+    return (
+        f"train-flow: {len(cache.indices('train'))} records to train on, {len(cache.indices('held_out'))} held out\n"
+        f"latents {levels} (scaling: {config.scaling}); network {parameters:.1f} M parameters\n"
+        f"{beginning}, to {total} images; {runtime.device}, {'bf16' if runtime.bf16 else 'fp32'}, "
+        f"{runtime.ranks} process(es); run directory {config.run_dir}"
+    )
