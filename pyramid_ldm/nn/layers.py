@@ -48,7 +48,7 @@ class SpectralNorm(nn.Module):
 class SpectralConv2d(nn.Conv2d):
     """A convolution with a normalised weight; plain once `fold_spectral_norm` has removed `spectral`."""
 
-    spectral: SpectralNorm | None = None
+    spectral: SpectralNorm | None
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight if self.spectral is None else self.spectral(self.weight)
@@ -58,7 +58,7 @@ class SpectralConv2d(nn.Conv2d):
 class SpectralLinear(nn.Linear):
     """A linear layer with a normalised weight; plain once `fold_spectral_norm` has removed `spectral`."""
 
-    spectral: SpectralNorm | None = None
+    spectral: SpectralNorm | None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight if self.spectral is None else self.spectral(self.weight), self.bias)

@@ -1,0 +1,68 @@
+"""Tiny models and photographs that many tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.config import AutoencoderConfig, FlowConfig, LevelConfig
+from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig
+from pyramid_ldm.data.scenes import render_landscape
+from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+
+torch.set_num_threads(2)
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # for the commands that tests start
+
+
+def tiny_autoencoder_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> AutoencoderConfig:
+    """A few thousand parameters. `changes` are fields of AutoencoderConfig, or of its parts as part__field."""
+    depth = levels[0][0].bit_length()
+    widths = [8, 8, 16, 16, 16, 16, 16, 16][:depth]
+    parts = {
+        "encoder": EncoderConfig(widths=widths),
+        "decoder": DecoderConfig(widths=widths, branch_blocks=1, dropout=0.0),
+        "attention": AttentionConfig(max_tokens=16),
+    }
+    for key in [k for k in changes if "__" in k]:
+        part, field = key.split("__")
+        setattr(parts[part], field, changes.pop(key))
+    return AutoencoderConfig(
+        image_size=list(image_size), levels=[LevelConfig(f, c) for f, c in levels], **parts, **changes
+    )
+
+
+def tiny_autoencoder(**changes) -> PyramidAutoencoder:
+    torch.manual_seed(0)
+    return PyramidAutoencoder(tiny_autoencoder_config(**changes))
+
+
+def tiny_flow_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> FlowConfig:
+    settings = {"widths": [16, 16], "blocks": 1, "dropout": 0.0, "fourier_scale": 1.0} | changes
+    return FlowConfig(image_size=list(image_size), levels=[LevelConfig(f, c) for f, c in levels], **settings)
+
+
+def tiny_flow(**changes) -> PyramidNCSNpp:
+    torch.manual_seed(0)
+    return PyramidNCSNpp(tiny_flow_config(**changes))
+
+
+def randomise(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+    """Moves every parameter, so that what starts at zero takes part."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+    return model
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """Twelve landscapes of 48x64 pixels, PNG and JPEG."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for i in range(12):
+        suffix = "png" if i % 2 else "jpg"
+        Image.fromarray(render_landscape(i, 48, 64)).save(folder / f"{i:02d}.{suffix}", quality=95)
+    return folder

@@ -1,0 +1,159 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from conftest import randomise, tiny_flow
+from torch import nn
+
+from pyramid_ldm.nn.layers import (
+    PixelNorm,
+    SpectralNorm,
+    ZeroConv2d,
+    advance_spectral_norm,
+    conv2d,
+    decreasing_dropout,
+    fold_spectral_norm,
+    group_norm,
+    spectral_layers,
+)
+from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, max_down, nearest_up
+from pyramid_ldm.nn.resblock import ResidualBlock, Resampling, TransformerBlock, position_encoding
+
+
+def test_decreasing_dropout_of_eight_levels():
+    assert decreasing_dropout(8, 0.35) == pytest.approx([0.35 * (1 - level / 7) for level in range(8)])
+    assert decreasing_dropout(8, 0.35)[-1] == 0
+    assert decreasing_dropout(1, 0.35) == [0.0]
+
+
+def test_spectral_norm_bounds_the_largest_singular_value():
+    layer = conv2d(8, 16, spectral_norm=True)
+    with torch.no_grad():
+        layer.weight.mul_(7)
+    advance_spectral_norm(layer, 200)
+    normalised = layer.spectral(layer.weight).detach().flatten(1)
+    assert float(torch.linalg.matrix_norm(normalised, 2)) == pytest.approx(1, abs=1e-3)
+
+
+def test_forward_does_not_move_the_vectors_and_one_call_does():
+    layer = conv2d(4, 8, spectral_norm=True).train()
+    randomise(layer, 0.3)
+    before = deepcopy(layer.state_dict())
+    layer(torch.randn(2, 4, 5, 5))
+    assert all(torch.equal(before[k], v) for k, v in layer.state_dict().items())
+    advance_spectral_norm(layer)
+    assert not torch.equal(before["spectral.u"], layer.spectral.u)
+
+
+def test_spectral_gradient_is_that_of_the_quotient():
+    layer = conv2d(3, 4, 1, spectral_norm=True).double()
+    u, v = layer.spectral.u, layer.spectral.v
+    weight = layer.weight.detach().clone().requires_grad_()
+    x = torch.randn(1, 3, 2, 2, dtype=torch.double)
+    expected = torch.autograd.grad(
+        nn.functional.conv2d(x, weight / (u @ weight.flatten(1) @ v), layer.bias).square().sum(), weight
+    )[0]
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_folding_keeps_the_function_and_leaves_a_copy_alone():
+    network = randomise(tiny_flow()).eval()
+    advance_spectral_norm(network, 100)
+    latents, t = (torch.randn(1, 6, 2, 2), torch.randn(1, 4, 4, 4)), torch.tensor([0.3])
+    expected = network(latents, t)
+    copy = deepcopy(network)
+    fold_spectral_norm(copy)
+    assert not spectral_layers(copy)
+    assert not any("spectral" in name for name in copy.state_dict())
+    assert spectral_layers(network), "the original still has its norms"
+    for a, b, c in zip(expected, copy(latents, t), network(latents, t), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a, c)
+
+
+def test_every_layer_of_the_flow_but_the_heads_is_normalised():
+    network = tiny_flow()
+    plain = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and getattr(module, "spectral", None) is None
+    }
+    assert plain
+    assert all(name.endswith("head.conv") for name in plain), plain
+    assert not [m for m in tiny_flow(spectral_norm=False).modules() if isinstance(m, SpectralNorm)]
+
+
+def test_zero_convolution_is_zero_and_still_learns():
+    for spectral_norm in (False, True):
+        layer = ZeroConv2d(4, 6, spectral_norm=spectral_norm)
+        out = layer(torch.randn(1, 4, 3, 3))
+        assert out.abs().max() == 0
+        out.sum().backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in layer.parameters())
+
+
+def test_group_norm_keeps_four_channels_a_group():
+    assert [group_norm(c).num_groups for c in (4, 8, 64, 128, 512)] == [1, 2, 16, 32, 32]
+    assert group_norm(96 + 128).num_channels % group_norm(96 + 128).num_groups == 0
+
+
+def test_pixel_norm_is_per_pixel_rms():
+    x = torch.randn(2, 8, 3, 3) * 5
+    expected = x / x.square().mean(1, keepdim=True).sqrt()
+    torch.testing.assert_close(PixelNorm(8)(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 16)])
+def test_fir_keeps_constants_inside_and_is_the_public_one(size):
+    from diffusers.models.downsampling import FirDownsample2D
+    from diffusers.models.upsampling import FirUpsample2D
+
+    x = torch.randn(2, 3, *size)
+    torch.testing.assert_close(fir_down(x), FirDownsample2D(3)(x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(fir_up(x), FirUpsample2D(3)(x), atol=1e-6, rtol=1e-5)
+    assert fir_down(torch.ones(1, 1, 8, 8))[0, 0, 1, 1] == pytest.approx(1)
+
+
+def test_fir_would_dim_small_levels_which_is_why_they_use_boxes():
+    assert fir_down(torch.ones(1, 1, 2, 2)).mean() == pytest.approx(0.5625)
+    assert fir_down(torch.ones(1, 1, 4, 4)).mean() == pytest.approx(0.766, abs=1e-3)
+    assert box_down(torch.ones(1, 1, 2, 2)).mean() == 1
+    network = tiny_flow(image_size=(64, 64), levels=((64, 4), (8, 4)), widths=[16] * 4)
+    assert network.downs == [fir_down, box_down, box_down]
+    assert network.ups == [fir_up, nearest_up, nearest_up]
+
+
+def test_resampling_by_hand():
+    x = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
+    assert box_down(x).item() == 3
+    assert max_down(x).item() == 6
+    assert nearest_up(x)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 6, 6], [3, 3, 6, 6]]
+
+
+@pytest.mark.parametrize("spectral_norm", [False, True])
+def test_a_new_residual_block_is_its_input_over_root_two(spectral_norm):
+    x = torch.randn(1, 8, 4, 4)
+    torch.testing.assert_close(ResidualBlock(8, 8, spectral_norm=spectral_norm)(x), x / 2**0.5)
+
+
+def test_biggan_block_resamples_both_paths():
+    x = torch.randn(1, 8, 4, 6)
+    assert ResidualBlock(8, 8, resample=fir_down)(x).shape == (1, 8, 2, 3)
+    assert ResidualBlock(8, 12, resample=fir_up)(x).shape == (1, 12, 8, 12)
+
+
+def test_residual_resampling_has_a_shortcut():
+    x = torch.randn(1, 8, 4, 4)
+    step = Resampling(8, 4, box_down, residual=True)
+    nn.init.zeros_(step.conv.weight)
+    torch.testing.assert_close(step(x), box_down(step.shortcut(x)) / 2**0.5)
+    assert Resampling(8, 4, box_down, residual=False).shortcut is None
+
+
+def test_transformer_block_starts_as_the_identity_and_positions_differ():
+    x = torch.randn(1, 16, 2, 3)
+    torch.testing.assert_close(TransformerBlock(16)(x), x)
+    encoded = position_encoding(16, 2, 3, x.device)
+    assert encoded.shape == (1, 16, 2, 3)
+    assert len({tuple(column.tolist()) for column in encoded.flatten(2)[0].T}) == 6

@@ -1,0 +1,133 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import solve_ivp
+
+from pyramid_ldm.flow.samplers import SamplerError, euler, rk45
+from pyramid_ldm.pyramid import flatten
+
+
+def pyramid(batch=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, *shape, generator=generator) for shape in ((2, 1, 1), (3, 2, 4)))
+
+
+class Recorded:
+    """A velocity that remembers the times it was asked for."""
+
+    def __init__(self, field):
+        self.field, self.times = field, []
+
+    def __call__(self, latents, t):
+        assert t.shape == (latents[0].shape[0],)
+        self.times.append(float(t[0]))
+        return tuple(self.field(z, t.view(-1, 1, 1, 1)) for z in latents)
+
+
+def test_euler_evaluates_on_the_reference_grid_and_moves_by_one():
+    velocity = Recorded(lambda z, t: torch.ones_like(z))
+    noise = pyramid()
+    solution = euler(velocity, noise, steps=200, eps=1e-3)
+    assert solution.nfe == len(velocity.times) == 200
+    expected = [1e-3 + k * (1 - 1e-3) / 200 for k in range(200)]
+    assert velocity.times == pytest.approx(expected, abs=1e-6)
+    for z0, z1 in zip(noise, solution.latents, strict=True):
+        torch.testing.assert_close(z1, z0 + 1, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("field", [lambda z, t: -2 * z, lambda z, t: torch.cos(5 * t) * z + t, lambda z, t: -(z**3)])
+def test_rk45_agrees_with_scipy(field):
+    noise = pyramid(batch=1)
+    velocity = Recorded(field)
+    ours = flatten(rk45(velocity, noise).latents)[0]
+
+    def flat_field(t, y):
+        return field(torch.from_numpy(y), torch.tensor(t)).numpy()
+
+    start = flatten(noise)[0].double().numpy()
+    theirs = solve_ivp(flat_field, (1e-3, 1), start, rtol=1e-10, atol=1e-10).y[:, -1]
+    np.testing.assert_allclose(ours.numpy(), theirs, atol=1e-4)  # steps are accepted at an RMS of 1e-5, in float32
+    assert min(velocity.times) == pytest.approx(1e-3)
+    assert max(velocity.times) <= 1
+    assert max(velocity.times) == pytest.approx(1, abs=1e-6)
+
+
+def test_rk45_never_asks_beyond_the_end_even_for_a_field_that_invites_large_steps():
+    velocity = Recorded(lambda z, t: torch.zeros_like(z))
+    rk45(velocity, pyramid())
+    assert max(velocity.times) <= 1
+
+
+def test_rk45_solves_every_sample_of_a_batch_at_least_as_well_as_alone():
+    """One stiff sample in a large easy batch must not be averaged away."""
+    rates = torch.tensor([0.1] * 31 + [40.0]).view(-1, 1, 1, 1)
+    noise = (torch.ones(32, 1, 1, 1), torch.ones(32, 1, 8, 8))
+
+    def velocity(latents, t):
+        return tuple(rates * torch.cos(40 * t).view(-1, 1, 1, 1) * torch.ones_like(z) for z in latents)
+
+    solution = rk45(velocity, noise)
+    exact = 1 + rates * (math.sin(40) - math.sin(0.04)) / 40
+    for level in solution.latents:
+        assert (level - exact).abs().max() < 1e-3
+
+
+def test_a_small_level_is_not_drowned_by_a_large_one():
+    noise = (torch.zeros(1, 1, 1, 1), torch.zeros(1, 16, 32, 32))
+
+    def velocity(latents, t):
+        return 100 * torch.cos(60 * t).view(-1, 1, 1, 1) * torch.ones_like(latents[0]), torch.zeros_like(latents[1])
+
+    found = rk45(velocity, noise).latents[0].item()
+    assert found == pytest.approx(100 * (math.sin(60) - math.sin(0.06)) / 60, abs=1e-3)
+
+
+@pytest.mark.parametrize("solve", [lambda v, z: euler(v, z, steps=500), rk45])
+def test_a_point_mass_is_reached(solve):
+    """Data is one point x1: the exact velocity is (x1 - z) / (1 - t)."""
+    target = torch.tensor(0.7)
+    velocity = Recorded(lambda z, t: (target - z) / (1 - t).clamp(min=1e-4))
+    for level in solve(velocity, pyramid()).latents:
+        torch.testing.assert_close(level, target.expand_as(level), atol=5e-3, rtol=0)
+
+
+def test_two_gaussians_are_reached():
+    """Data is half N(-2, 0.3^2), half N(2, 0.3^2): the exact velocity E[z1 - z0 | z_t] is closed-form."""
+    means, std = torch.tensor([-2.0, 2.0]), 0.3
+
+    def field(z, t):
+        z, t = z[..., None], t[..., None]
+        variance = (t * std) ** 2 + (1 - t) ** 2
+        weights = torch.softmax(-((z - t * means) ** 2) / (2 * variance), dim=-1)
+        data = means + t * std**2 / variance * (z - t * means)
+        noise = (1 - t) / variance * (z - t * means)
+        return (weights * (data - noise)).sum(-1)
+
+    noise = (torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)),)
+    for solution in (rk45(Recorded(field), noise), euler(Recorded(field), noise, steps=200)):
+        z = solution.latents[0].flatten()
+        assert (z > 0).float().mean() == pytest.approx(0.5, abs=0.03)
+        for sign in (-1, 1):
+            side = z[z * sign > 0]
+            assert side.mean() == pytest.approx(2 * sign, abs=0.03)
+            assert side.std() == pytest.approx(std, abs=0.02)
+
+
+def test_limits_are_errors_that_say_what_to_do():
+    with pytest.raises(SamplerError, match="max_nfe = 20.*--solver euler"):
+        rk45(lambda z, t: tuple(torch.cos(500 * t).view(-1, 1, 1, 1) * torch.ones_like(x) for x in z), pyramid(), max_nfe=20)
+    with pytest.raises(SamplerError, match="not finite"):
+        euler(lambda z, t: tuple(x / 0 for x in z), pyramid(), steps=5)
+    with pytest.raises(SamplerError, match="at least 1"):
+        euler(lambda z, t: z, pyramid(), steps=0)
+
+
+def test_a_step_that_underflows_is_an_error_in_words():
+    def rough(latents, t):
+        generator = torch.Generator().manual_seed(int(float(t[0]) * 1e9))
+        return tuple(1e6 * torch.randn(z.shape, generator=generator) for z in latents)
+
+    with pytest.raises(SamplerError, match="step size vanished|max_nfe"):
+        rk45(rough, pyramid(), max_nfe=100_000)
