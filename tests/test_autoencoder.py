@@ -1,0 +1,214 @@
+import pytest
+import torch
+from conftest import randomise, tiny_autoencoder, tiny_autoencoder_config
+from torch import nn
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
+from pyramid_ldm.config import ConfigError
+from pyramid_ldm.nn.layers import SpectralNorm, spectral_layers
+from pyramid_ldm.nn.resample import nearest_up
+from pyramid_ldm.nn.resblock import ResidualBlock
+
+VARIANTS = {
+    "default": {},
+    "vq": {"latent": "vq", "codebook_size": 16},
+    "one level": {"levels": ((8, 4),)},
+    "one level, f1": {"levels": ((1, 4),), "attention__max_tokens": 0},
+    "three levels": {"image_size": (32, 64), "levels": ((32, 8), (8, 4), (2, 2))},
+    "2:1": {"image_size": (32, 64)},
+    "vit": {"decoder__branch": "vit"},
+    "no branch blocks": {"decoder__branch_blocks": 0},
+    "skip": {"skip": "skip"},
+    "residual": {"skip": "residual"},
+    "none": {"skip": "none"},
+    "max pooling": {"encoder__pooling": "max"},
+    "no spectral norm": {"encoder__spectral_norm": False},
+    "two blocks": {"encoder__blocks": 2},
+    "dropout": {"decoder__dropout": 0.35},
+    "checkpointing": {"checkpoint_factors": [1, 4]},
+    **{f"decoder {kind}": {"attention__decoder": kind} for kind in ("spatial", "channel", "linear", "none")},
+    **{f"encoder {kind}": {"attention__encoder": kind} for kind in ("spatial_channel", "none")},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_variant_builds_steps_saves_loads_and_decodes(changes, tmp_path):
+    autoencoder = randomise(tiny_autoencoder(**changes), 0.02).train()
+    optimizer = torch.optim.Adam(autoencoder.parameters(), 1e-3)
+    size = autoencoder.config.image_size
+    image = torch.rand(2, 3, *size) * 2 - 1
+    output = autoencoder(image)
+    assert output.reconstruction.shape == image.shape
+    loss = (output.reconstruction - image).abs().mean() + output.posterior.kl() + output.codebook_loss
+    loss.backward()
+    without = [name for name, p in autoencoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # An attention's temperature acts only through values that differ between channels, and a linear attention's key
+    # bias not at all (softmax over positions); everything else must learn.
+    assert not [n for n in without if "temperature" not in n and "key" not in n and "embedding" not in n], without
+    optimizer.step()
+    autoencoder.eval()
+    autoencoder.save_pretrained(tmp_path)
+    loaded = PyramidAutoencoder.from_pretrained(tmp_path)
+    assert not spectral_layers(loaded)
+    with torch.no_grad():
+        latents = loaded.encode(image).mode()
+        decoded = loaded.decode(latents)
+        assert [tuple(z.shape[1:]) for z in latents] == [
+            (level.channels, size[0] // level.factor, size[1] // level.factor) for level in loaded.levels
+        ]
+        again = PyramidAutoencoder.from_pretrained(tmp_path)
+        assert torch.equal(again.decode(latents), decoded)
+        # Folding iterates power iteration on: equal to the live model up to that.
+        torch.testing.assert_close(autoencoder.decode(latents), decoded, atol=1e-5, rtol=1e-4)
+    assert loaded.fingerprint() == again.fingerprint()
+    assert loaded.fingerprint() != tiny_autoencoder(**changes).fingerprint()
+
+
+def test_ratio_of_celebahq_is_exactly_256():
+    config = tiny_autoencoder_config(
+        image_size=(1024, 1024), levels=((128, 64), (64, 32)), encoder__widths=[8] * 8, decoder__widths=[8] * 8
+    )
+    assert PyramidAutoencoder(config).compression_ratio() == 256.0
+
+
+def test_the_decoder_has_one_block_more_and_no_spectral_norm_and_is_heavier():
+    autoencoder = tiny_autoencoder(encoder__blocks=2)
+
+    def blocks(level):
+        return sum(isinstance(block, ResidualBlock) for block in level.blocks)
+
+    assert {blocks(level) for level in autoencoder.encoder.levels} == {2}
+    assert {blocks(level) for level in autoencoder.decoder.levels} == {3}
+    assert not [m for m in autoencoder.decoder.modules() if isinstance(m, SpectralNorm)]
+    plain = {
+        name
+        for name, module in autoencoder.encoder.named_modules()
+        if isinstance(module, nn.Conv2d) and getattr(module, "spectral", None) is None
+    }
+    assert plain == {f"levels.{i}.head.conv" for i in (3, 4)}
+    count = [sum(p.numel() for p in half.parameters()) for half in (autoencoder.encoder, autoencoder.decoder)]
+    assert count[0] < count[1]
+
+
+def test_output_skip_is_the_sum_of_upsampled_rgb():
+    """With every to_rgb but one silent, the image is that one's RGB, up-sampled by nearest neighbour."""
+    autoencoder = tiny_autoencoder()
+    for level in autoencoder.decoder.levels:
+        nn.init.zeros_(level.to_rgb.conv.weight)
+    nn.init.constant_(autoencoder.decoder.levels[0].to_rgb.conv.weight, 0.3)
+    latents = autoencoder.encode(torch.rand(1, 3, 32, 32)).mode()
+    image = autoencoder.decode(latents)
+    coarse = image[:, :, ::16, ::16]
+    assert coarse.abs().sum() > 0
+    for _ in range(4):
+        coarse = nearest_up(coarse)
+    torch.testing.assert_close(image, coarse)
+
+
+@pytest.mark.parametrize(("skip", "expected"), [("res_skip", True), ("skip", True), ("residual", False), ("none", False)])
+def test_input_skip_lets_the_pooled_image_in(skip, expected):
+    encoder = tiny_autoencoder(skip=skip).encoder
+    assert [level.from_rgb is not None for level in encoder.levels] == [False] + [expected] * 4
+    has_shortcut = skip in ("res_skip", "residual")
+    assert [level.down.shortcut is not None for level in list(encoder.levels)[:-1]] == [has_shortcut] * 4
+
+
+def test_above_the_attention_levels_a_far_pixel_changes_nothing():
+    """Per-pixel norms: with attention off, nothing reaches from one end of a wide image to the other."""
+    autoencoder = randomise(
+        tiny_autoencoder(image_size=(16, 256), levels=((4, 4), (2, 2)), attention__max_tokens=0), 0.05
+    ).eval()
+    image = torch.rand(1, 3, 16, 256)
+    changed = image.clone()
+    changed[..., -8:] += 1
+    with torch.no_grad():
+        first, second = (autoencoder.encode(x).mode() for x in (image, changed))
+        for a, b in zip(first, second, strict=True):
+            half = a.shape[-1] // 2
+            assert torch.equal(a[..., :half], b[..., :half])
+            assert not torch.equal(a, b)
+        a, b = autoencoder.decode(first), autoencoder.decode(second)
+        assert torch.equal(a[..., :100], b[..., :100])
+        assert not torch.equal(a, b)
+
+
+def test_translation_by_one_stride_moves_the_latents():
+    autoencoder = randomise(tiny_autoencoder(image_size=(16, 256), levels=((4, 4),), attention__max_tokens=0)).eval()
+    image = torch.rand(1, 3, 16, 256)
+    with torch.no_grad():
+        still = autoencoder.encode(image).mode()[0]
+        moved = autoencoder.encode(image.roll(4, dims=-1)).mode()[0]
+    torch.testing.assert_close(moved[..., 21:44], still[..., 20:43], atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointing_changes_no_gradient():
+    image = torch.rand(2, 3, 32, 32)
+
+    def gradients(factors):
+        autoencoder = randomise(tiny_autoencoder(checkpoint_factors=factors), 0.02).train()
+        torch.manual_seed(3)
+        autoencoder(image).reconstruction.square().mean().backward()
+        return {name: p.grad for name, p in autoencoder.named_parameters() if p.grad is not None}
+
+    plain, recomputed = gradients([]), gradients([1, 2, 4, 8, 16])
+    assert plain.keys() == recomputed.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], recomputed[name], atol=1e-7, rtol=1e-5)
+
+
+def test_kl_equals_torch_distributions():
+    moments = (torch.randn(2, 8, 1, 1), torch.randn(2, 4, 3, 5))
+    posterior = DiagonalGaussian.from_moments(moments, has_variance=True)
+    total = sum(
+        torch.distributions.kl_divergence(
+            torch.distributions.Normal(m, (0.5 * v).exp()), torch.distributions.Normal(0.0, 1.0)
+        ).sum()
+        for m, v in zip(posterior.mean, posterior.log_variance, strict=True)
+    )
+    torch.testing.assert_close(posterior.kl(), total / sum(m.numel() for m in posterior.mean))
+
+
+def test_posterior_samples_have_its_mean_and_spread_and_clamp():
+    moments = (torch.cat([torch.full((1, 1, 200, 200), 2.0), torch.full((1, 1, 200, 200), -1.0)], dim=1),)
+    sample = DiagonalGaussian.from_moments(moments, has_variance=True).sample()[0]
+    assert sample.mean() == pytest.approx(2, abs=0.02)
+    assert sample.std() == pytest.approx(2.718281828 ** (-0.5), abs=0.02)
+    wild = DiagonalGaussian.from_moments((torch.full((1, 2, 1, 1), 100.0),), has_variance=True)
+    assert wild.log_variance[0].item() == 20
+
+
+def test_vq_is_straight_through_and_reports_usage():
+    autoencoder = tiny_autoencoder(latent="vq", codebook_size=8)
+    latents = tuple(torch.randn(2, c, s, s, requires_grad=True) for c, s in ((6, 2), (4, 4)))
+    quantized, loss, usage = autoencoder.quantize(latents)
+    for z, q, quantizer in zip(latents, quantized, autoencoder.quantizers, strict=True):
+        rows = q.movedim(1, -1).reshape(-1, q.shape[1])
+        assert torch.cdist(rows, quantizer.embedding.weight).min(dim=1).values.max() < 1e-3
+        gradient = torch.autograd.grad(q.sum(), z, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, torch.ones_like(z))
+    # legacy=False: loss = 0.25 |sg(zq) - z|^2 + |zq - sg(z)|^2, so d loss / dz = 0.25 * 2 (z - zq) / n, over 2 levels.
+    gradient = torch.autograd.grad(loss, latents[0])[0]
+    expected = 0.25 * 2 * (latents[0] - quantized[0]) / latents[0].numel() / 2
+    torch.testing.assert_close(gradient, expected.detach())
+    assert 0 < usage <= 1
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="multiples of 16"):
+        tiny_autoencoder().encode(torch.rand(1, 3, 24, 32))
+    with pytest.raises(ConfigError, match="coarsest factor, 16"):
+        tiny_autoencoder_config(image_size=(40, 32))
+    with pytest.raises(ConfigError, match="fall from coarse to fine"):
+        tiny_autoencoder_config(levels=((8, 4), (16, 4)))
+    with pytest.raises(ConfigError, match="not a power of two"):
+        tiny_autoencoder_config(levels=((16, 4), (12, 4)))
+    with pytest.raises(ConfigError, match="need 5"):
+        tiny_autoencoder_config(encoder__widths=[8, 8])
+
+
+def test_attention_stands_where_the_training_size_puts_it_at_every_size():
+    autoencoder = tiny_autoencoder(image_size=(32, 64))  # 16 tokens: factors 16 (2x4) only
+    assert autoencoder.config.attention.factors == [16]
+    larger = torch.rand(1, 3, 128, 128)
+    assert autoencoder.decode(autoencoder.encode(larger).mode()).shape == larger.shape
