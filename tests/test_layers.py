@@ -16,7 +16,7 @@ from pyramid_ldm.nn.layers import (
     group_norm,
     spectral_layers,
 )
-from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, max_down, nearest_up
+from pyramid_ldm.nn.resample import bilinear_up, box_down, fir_down, fir_up, max_down, nearest_up
 from pyramid_ldm.nn.resblock import ResidualBlock, Resampling, TransformerBlock, position_encoding
 
 
@@ -128,6 +128,7 @@ def test_resampling_by_hand():
     x = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
     assert box_down(x).item() == 3
     assert max_down(x).item() == 6
+    assert bilinear_up(x)[0, 0, 0].tolist() == [1, 1.25, 1.75, 2]
     assert nearest_up(x)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 6, 6], [3, 3, 6, 6]]
 
 

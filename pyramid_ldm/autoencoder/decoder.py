@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import PixelNorm, conv2d, decreasing_dropout
-from pyramid_ldm.nn.resample import nearest_up
+from pyramid_ldm.nn.layers import PixelNorm, conv2d, decreasing_dropout, full_precision
+from pyramid_ldm.nn.resample import bilinear_up, nearest_up
 from pyramid_ldm.nn.resblock import ResidualBlock, Resampling, TransformerBlock, position_encoding
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
 
@@ -53,7 +53,10 @@ class TransformerBranch(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Features to an addition to the RGB stream: norm, SiLU, 1x1 convolution (the output skip)."""
+    """Features to an addition to the RGB stream: norm, SiLU, 1x1 convolution (the output skip).
+
+    The last step and the stream are float32: bfloat16 has eight bits of mantissa, which would band a clear sky.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,7 +66,9 @@ class ToRGB(nn.Module):
             self.conv.weight.mul_(0.1)  # RGB is summed over every resolution: start near grey, not with 1.5 of noise
 
     def forward(self, h: Tensor) -> Tensor:
-        result: Tensor = self.conv(F.silu(self.norm(h)))
+        features = F.silu(self.norm(h))
+        with full_precision(h.device):
+            result: Tensor = self.conv(features.to(self.conv.weight.dtype))
         return result
 
 
@@ -202,7 +207,7 @@ class PyramidDecoder(nn.Module):
             else:
                 h, addition = level(h, latent)
             if rgb is not None:
-                rgb = nearest_up(rgb)
+                rgb = bilinear_up(rgb)  # nearest would make every finer level learn to undo blocks
             if addition is not None:
                 rgb = addition if rgb is None else rgb + addition
         assert rgb is not None

@@ -35,12 +35,11 @@ class AdaptiveWeight:
         self.reconstruction = reconstruction if self.reconstruction is None else self.reconstruction + reconstruction
         self.gan = gan if self.gan is None else self.gan + gan
 
-    def finish_step(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Turns the sums of this step into the weight of the next."""
+    def finish_step(self, average: Callable[[Tensor], Tensor]) -> None:
+        """Turns the sums of this step, averaged over ranks by `average`, into the weight of the next."""
         if self.reconstruction is None or self.gan is None:
             return
-        self.reconstruction, self.gan = sum_over_ranks(self.reconstruction), sum_over_ranks(self.gan)
-        ratio = self.reconstruction.norm() / (self.gan.norm() + 1e-4)
+        ratio = average(self.reconstruction).norm() / (average(self.gan).norm() + 1e-4)
         if torch.isfinite(ratio):
             self.value = float(ratio.clamp(max=self.max_weight))
         self.reconstruction = self.gan = None
@@ -111,7 +110,7 @@ class AutoencoderLoss:
             if gan_config.mode == "adaptive":
                 self.adaptive.add(
                     *(
-                        torch.autograd.grad(output.reconstruction, last_weight, g, retain_graph=True)[0]
+                        torch.autograd.grad(output.reconstruction, last_weight, g * scale, retain_graph=True)[0]
                         for g in (gradient, gan_gradient)
                     )
                 )

@@ -67,16 +67,18 @@ def build_config(schema: type[T], sources: Sequence[tuple[str, DictConfig]]) -> 
         try:
             merged = OmegaConf.merge(merged, source)
         except ConfigKeyError as error:
-            raise ConfigError(f"{origin}: unknown key {_nearest(schema, str(error.full_key))}") from None
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {error.full_key}: {_one_line(error)}") from None
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"{sources[0][0]}: {missing[0]} is not set; give it as {missing[0]}=VALUE")
+            raise ConfigError(f"{origin}: unknown key {_nearest(schema, _leaf(source, str(error.full_key)))}") from None
+        except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping given where a list belongs
+            raise ConfigError(f"{origin}: {_located(error)}") from None
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
         result = OmegaConf.to_object(merged)
     except ConfigError as error:
         raise ConfigError(f"{sources[0][0]}: {error}") from None
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(f"{sources[0][0]}: {_located(error)}") from None
     assert isinstance(result, schema)
     return result
 
@@ -115,6 +117,21 @@ def _all_keys(schema: Any, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(field.type):
             keys += _all_keys(field.type, f"{prefix}{field.name}.")
     return keys
+
+
+def _leaf(source: DictConfig, key: str) -> str:
+    """`key`, which may name an unknown section, down to the first value in it: "trian" -> "trian.images"."""
+    node = OmegaConf.select(source, key, default=None, throw_on_missing=False)
+    while isinstance(node, DictConfig) and len(node):
+        name = str(next(iter(node)))
+        key, node = f"{key}.{name}", node._get_node(name)
+    return key
+
+
+def _located(error: Exception) -> str:
+    """The error in one line, after its key where that is known."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: {_one_line(error)}" if key else _one_line(error)
 
 
 def _one_line(error: Exception) -> str:

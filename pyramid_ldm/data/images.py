@@ -119,7 +119,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
             if converted is not None:
                 return converted
-        except ImageCms.PyCMSError:
+        except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile, or one for another mode: the values as they are
     return image.convert("RGB")
 
@@ -135,7 +135,7 @@ def resize_and_crop(
     scale = max(height / image.height, width / image.width) * zoom  # target pixels per source pixel
     box_width, box_height = min(width / scale, image.width), min(height / scale, image.height)
     x, y = (image.width - box_width) * left, (image.height - box_height) * top
-    if (x, y, box_width, box_height) == (0, 0, width, height):
+    if (box_width, box_height) == (width, height) == image.size:
         return image
     return image.resize(
         (width, height), Image.Resampling.LANCZOS, box=(x, y, x + box_width, y + box_height), reducing_gap=3.0

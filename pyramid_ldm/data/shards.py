@@ -71,7 +71,7 @@ def shard_paths(directory: Path, number: int) -> tuple[Path, Path]:
 
 
 def write_shard(directory: Path, number: int, plan: Plan, records: Tensor, rows: Sequence[Row]) -> None:
-    """The shard, then its sidecar, each atomically. ValueError if a value does not fit float16."""
+    """The shard, then its sidecar, each atomically. UserError if a value does not fit float16."""
     if not torch.isfinite(records).all():
         raise UserError(
             f"{directory}: a latent of shard {number} is not finite in {plan.dtype}; encode with --dtype float32"
@@ -190,7 +190,10 @@ class LatentCache:
             path = directory / entry["file"]
             if not path.is_file():
                 raise UserError(f"{path}: not found; copy the shard directory whole, or run encode again")
-            self.shards.append(map_records(path))
+            try:
+                self.shards.append(map_records(path))
+            except (ValueError, KeyError, struct.error):
+                raise UserError(f"{path}: truncated or damaged; copy it again, or run encode again") from None
             sidecar = read_json(path.with_suffix(".json"), "copy the shard directory whole, or run encode again")
             self.rows += [Row(*row) for row in sidecar["rows"]]
             self.place += [(number, i) for i in range(entry["count"])]

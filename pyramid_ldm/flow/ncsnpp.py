@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.config.flow import FlowConfig
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, group_norm, linear, rescaled_sum
+from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, full_precision, group_norm, linear, rescaled_sum
 from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, nearest_up
 from pyramid_ldm.nn.resblock import Resample, ResidualBlock
 from pyramid_ldm.pyramid import LatentLevel, Pyramid, level_shapes
@@ -35,7 +35,7 @@ class TimeEmbedding(nn.Module):
         self.linear2 = linear(4 * width, 4 * width, spectral_norm=spectral_norm)
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):  # the angles reach hundreds of radians
+        with full_precision(t.device):  # the angles reach hundreds of radians
             angles = 2 * math.pi * torch.log(999 * t.float())[:, None] * self.frequencies
             features = torch.cat([angles.sin(), angles.cos()], dim=1)
         embedding: Tensor = self.linear2(F.silu(self.linear1(features)))

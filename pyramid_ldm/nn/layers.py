@@ -1,6 +1,7 @@
 """Convolutions, norms, spectral norm and the decreasing dropout schedule."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -8,6 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast within: for what bfloat16 would spoil."""
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class SpectralNorm(nn.Module):
@@ -26,10 +34,11 @@ class SpectralNorm(nn.Module):
         rows = weight.detach().flatten(1)
         self.register_buffer("u", F.normalize(torch.randn(rows.shape[0], device=rows.device), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(rows.shape[1], device=rows.device), dim=0))
-        self.advance(weight, 15)
+        if weight.device.type != "meta":  # loading: the weights come later, and meta kernels are slow
+            self.advance(weight, 15)
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
+        with full_precision(weight.device):
             return weight / self.sigma(weight)
 
     def sigma(self, weight: Tensor) -> Tensor:

@@ -81,14 +81,19 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
     files = find_images(data)
     plan = make_plan(autoencoder, files, options)
     index = out / INDEX
-    if index.exists():
+    finished = index.exists()
+    if finished:
         check_plan(out, read_json(index, "delete the shard directory and run encode again").get("plan"), plan)
-        say(f"encode: {out} is complete", runtime)
-        return out
     views = list_views(files, options)
     shards = [views[i : i + options.shard_size] for i in range(0, len(views), options.shard_size)]
-    out.mkdir(parents=True, exist_ok=True)
     todo = [n for n in range(len(shards)) if not has_shard(out, n, plan)]
+    runtime.barrier()  # every process has looked before the first one writes
+    if finished and not todo:
+        say(f"encode: {out} is complete", runtime)
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    if runtime.main:
+        index.unlink(missing_ok=True)
     records = autoencoder.levels
     say(
         f"encode: {len(files)} images, {len(views)} records in {len(shards)} shards ({len(shards) - len(todo)} done), "

@@ -51,12 +51,16 @@ class Runtime:
             dist.all_reduce(value)
         return value
 
+    def average(self, value: Tensor) -> Tensor:
+        """The mean over processes."""
+        return self.sum(value) / self.ranks
+
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         """Each value's mean over processes, which must agree on the names."""
         if self.ranks == 1 or not values:
             return values
-        total = self.sum(torch.tensor(list(values.values()), dtype=torch.float32, device=self.device))
-        return dict(zip(values, (total / self.ranks).tolist(), strict=True))
+        means = self.average(torch.tensor(list(values.values()), dtype=torch.float32, device=self.device))
+        return dict(zip(values, means.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
         """Whether any process says yes."""

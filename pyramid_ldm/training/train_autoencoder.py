@@ -147,7 +147,7 @@ def train_autoencoder(config: AutoencoderTraining) -> tuple[Path, bool]:
             if state.disc_optimizer is not None and state.discriminator is not None:
                 if discriminator_learns(config.loss.gan, before):
                     finite &= take_step(state.disc_optimizer, state.discriminator, 0.0, runtime, metrics, "disc_norm")
-                state.loss.adaptive.finish_step(runtime.sum)
+                state.loss.adaptive.finish_step(runtime.average)
             state.images_seen = before + per_step
             if nonfinite.record(finite, seen_files):
                 advance_spectral_norm(state.autoencoder)

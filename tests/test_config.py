@@ -1,0 +1,278 @@
+import re
+from pathlib import Path
+
+import pytest
+from conftest import tiny_autoencoder_config, tiny_flow_config
+
+from pyramid_ldm.config import (
+    AutoencoderConfig,
+    AutoencoderTraining,
+    ConfigError,
+    FlowConfig,
+    FlowTraining,
+    LevelConfig,
+    load_config,
+    load_saved,
+    save_config,
+)
+
+ROOT = Path(__file__).parent.parent
+AUTOENCODER = """
+run_dir: runs/a
+image_size: [32, 64]
+model:
+  levels: [{factor: 16, channels: 6}, {factor: 8, channels: 4}]
+  encoder: {widths: [8, 8, 8, 8, 8]}
+  decoder: {widths: [8, 8, 8, 8, 8]}
+data: {root: photos}
+"""
+FLOW = "run_dir: runs/f\ndata: {shards: latents}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(*overrides, text=AUTOENCODER, schema=AutoencoderTraining):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return load_config(schema, path, overrides)
+
+    return load
+
+
+@pytest.fixture
+def refusal(load):
+    """The one line that a wrong config earns."""
+
+    def refusal(*overrides, **kwargs):
+        with pytest.raises(ConfigError) as caught:
+            load(*overrides, **kwargs)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    return refusal
+
+
+def test_values_come_from_the_file_then_from_arguments_then_from_defaults(load):
+    config = load("train.images=7", "model.levels=[{factor: 16, channels: 5}]", "data.flip=false")
+    assert (config.run_dir, config.data.root, config.image_size) == ("runs/a", "photos", [32, 64])
+    assert (config.train.images, config.data.flip) == (7, False)
+    assert [(level.factor, level.channels) for level in config.model.levels] == [(16, 5)]
+    assert config.train.batch_size == 4
+    assert isinstance(config.train.learning_rate, float)
+    assert load("train.images=7", "train.images=8").train.images == 8, "the last one counts"
+
+
+def test_attention_factors_are_resolved_from_the_image_size(load):
+    # 32x64 has 2048 positions, then 512, 128, 32, 8
+    assert load("model.attention.max_tokens=128").model.attention.factors == [4, 8, 16]
+    assert load("model.attention.max_tokens=7").model.attention.factors == []
+    assert load("model.attention.factors=[16]").model.attention.factors == [16]
+    # latents of factor 8 for 256x256 have 1024 positions
+    flow = tiny_flow_config((256, 256), ((16, 6), (8, 4)), attention_tokens=256)
+    assert flow.attention_factors == [16]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("trian.images", "train.images"),
+        ("train.imges", "train.images"),
+        ("batch_size", "train.batch_size"),
+        ("model.atention.decoder", "model.attention.decoder"),
+        ("loss.gan.wieght", "loss.gan.weight"),
+        ("runs_dir", "run_dir"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest(refusal, key, nearest):
+    assert refusal(f"{key}=3") == f"{key}=3: unknown key '{key}'; did you mean '{nearest}'?"
+
+
+def test_an_unknown_key_in_the_file_names_the_file_and_the_key(refusal):
+    message = refusal(text=AUTOENCODER + "trian: {images: 3}\n")
+    assert message.endswith("config.yaml: unknown key 'trian.images'; did you mean 'train.images'?")
+    message = refusal(text=AUTOENCODER + "batch_size: 3\n")
+    assert message.endswith("config.yaml: unknown key 'batch_size'; did you mean 'train.batch_size'?")
+
+
+def test_a_key_like_no_other_suggests_nothing(refusal):
+    assert refusal("zzz=3") == "zzz=3: unknown key 'zzz'"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.images", "many"), ("train.images", "1.5"), ("train.learning_rate", "fast"), ("data.flip", "maybe")],
+)
+def test_a_wrong_type_names_key_and_value(refusal, key, value):
+    message = refusal(f"{key}={value}")
+    assert message.startswith(f"{key}={value}: {key}: ")
+    assert f"'{value}'" in message
+
+
+def test_a_wrong_type_in_the_file_names_file_key_and_value(refusal):
+    message = refusal(text=AUTOENCODER + "train: {images: many}\n")
+    assert "config.yaml: train.images: " in message
+    assert "'many'" in message
+
+
+@pytest.mark.parametrize(
+    "override", ["train=5", "model.levels=[16, 8]", "model.levels.0.factor=8", "image_size=32", "train.images=null"]
+)
+def test_a_value_of_the_wrong_shape_is_one_line(refusal, override):
+    assert refusal(override).startswith(f"{override}: ")
+
+
+def test_an_interpolation_that_leads_nowhere_names_its_key(refusal):
+    message = refusal("run_dir=${nowhere}")
+    assert "run_dir: " in message
+    assert "nowhere" in message
+
+
+def test_a_missing_required_key_is_named(refusal):
+    assert "data.root is not set; give it as data.root=VALUE" in refusal(text="run_dir: a\nimage_size: [8, 8]\n")
+    assert "run_dir is not set" in refusal(text=AUTOENCODER.replace("run_dir: runs/a", ""))
+    assert "data.shards is not set" in refusal(text="run_dir: a", schema=FlowTraining)
+
+
+@pytest.mark.parametrize("text", ["train.images", "--fast"])
+def test_an_override_without_an_equals_sign_is_explained(refusal, text):
+    assert refusal(text) == f"'{text}' is not key=value, for example train.batch_size=8"
+
+
+@pytest.mark.parametrize("text", ["a: [b", "\tx: 3", "a: b: c"])
+def test_bad_yaml_names_the_file(refusal, text):
+    assert "config.yaml: not valid YAML (" in refusal(text=text)
+
+
+def test_a_list_at_the_top_is_explained(refusal):
+    assert "config.yaml: expected 'key: value' lines" in refusal(text="- a\n- b\n")
+
+
+def test_bad_yaml_in_an_override_is_one_line(refusal):
+    assert refusal("train.images=[1").startswith("'train.images=[1': ")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file"):
+        load_config(FlowTraining, tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "choices"),
+    [
+        ("precision=fp16", "auto, bf16, fp32"),
+        ("model.latent=ae", "kl, vq"),
+        ("model.skip=all", "res_skip, residual, skip, none"),
+        ("model.attention.encoder=full", "spatial_channel, spatial, channel, linear, none"),
+        ("model.attention.decoder=full", "spatial_channel, spatial, channel, linear, none"),
+        ("model.encoder.pooling=min", "average, max"),
+        ("model.decoder.branch=conv", "residual, vit"),
+        ("data.crop=corner", "center, random"),
+        ("loss.gan.mode=manual", "adaptive, constant"),
+        ("train.decay=linear", "constant, cosine"),
+    ],
+)
+def test_choices_are_listed(refusal, override, choices):
+    key, value = override.split("=")
+    assert refusal(override).endswith(f": {key} is '{value}'; choose one of {choices}")
+
+
+@pytest.mark.parametrize(
+    ("override", "choices"),
+    [
+        ("scaling=none", "unit, paper, channel"),
+        ("data.posterior=mean", "sample, mode"),
+        ("model.attention=linear", "spatial_channel, spatial, channel, none"),
+    ],
+)
+def test_choices_of_the_flow_are_listed(refusal, override, choices):
+    key, value = override.split("=")
+    message = refusal(override, text=FLOW, schema=FlowTraining)
+    assert message.endswith(f": {key} is '{value}'; choose one of {choices}")
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("train.images=0", "train.images is 0; it must be at least 1"),
+        ("train.batch_size=0", "train.batch_size is 0"),
+        ("train.accumulate=0", "train.accumulate is 0"),
+        ("train.learning_rate=0", "train.learning_rate is 0"),
+        ("checkpoint.every=0", "checkpoint.every is 0"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
+        ("log.every=0", "log.*: every value"),
+        ("data.validation=1", "data.validation is 1.0"),
+        ("data.zoom=0.5", "data.zoom is 0.5"),
+        ("data.zoom=2", "data.zoom needs data.crop=random"),
+        ("ema.widths=[0.3]", "ema.widths [0.3]"),
+        ("ema.export=0.2", "ema.export is 0.2; choose one of ema.widths [0.05, 0.1]"),
+        ("model.decoder.dropout=1", "model.decoder.dropout is 1.0"),
+        ("model.encoder.blocks=0", "model.encoder.blocks is 0"),
+        ("model.encoder.widths=[8, 8]", "model.encoder.widths has 2 entries; factors 1 to 16 need 5"),
+        ("model.decoder.widths=[8, 8, 8, 8, 6]", "model.decoder.widths [8, 8, 8, 8, 6]: multiples of 4"),
+        ("device=tpu", "device is 'tpu'"),
+        ("image_size=[32]", "image_size is [32]; give [height, width]"),
+        ("image_size=[0, 32]", "image_size is [0, 32]"),
+    ],
+)
+def test_rules_name_key_and_value(refusal, override, fault):
+    assert fault in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("levels", "fault"),
+    [
+        ([], "model.levels is empty"),
+        ([(12, 4)], "factor 12 is not a power of two"),
+        ([(0, 4)], "factor 0 is not a power of two"),
+        ([(16, 0)], "factor 16 has 0 channels"),
+        ([(8, 4), (16, 4)], r"factors \[8, 16\] must fall from coarse to fine"),
+        ([(16, 4), (16, 4)], r"factors \[16, 16\] must fall .* each once"),
+        ([(64, 4), (16, 4)], r"image_size \[32, 64\]: both sides must be multiples of the coarsest factor, 64"),
+    ],
+)
+def test_rules_of_the_levels(refusal, levels, fault):
+    text = ", ".join(f"{{factor: {f}, channels: {c}}}" for f, c in levels)
+    assert re.search(fault, refusal(f"model.levels=[{text}]"))
+    with pytest.raises(ConfigError, match=fault):  # as stage two hears it, from its shards
+        FlowConfig().resolve([32, 64], [LevelConfig(f, c) for f, c in levels])
+
+
+@pytest.mark.parametrize("config", [tiny_autoencoder_config(), tiny_flow_config()], ids=["autoencoder", "flow"])
+def test_a_saved_model_config_loads_equal(tmp_path, config):
+    save_config(config, tmp_path / "config.yaml")
+    schema = AutoencoderConfig if isinstance(config, AutoencoderConfig) else FlowConfig
+    assert load_saved(schema, tmp_path / "config.yaml") == config
+
+
+def test_a_saved_training_config_loads_equal(load, tmp_path):
+    config = load("train.images=7", "loss.gan.learning_rate=1e-5", "ema.widths=[0.05, 0.2]", "run_dir='a: b'")
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_saved(AutoencoderTraining, tmp_path / "saved.yaml") == config
+    flow = load("rectified_flow.level_weights=[1, 2]", text=FLOW, schema=FlowTraining)
+    save_config(flow, tmp_path / "flow.yaml")
+    assert load_saved(FlowTraining, tmp_path / "flow.yaml") == flow
+    assert load_saved(FlowTraining, tmp_path / "flow.yaml") != load(text=FLOW, schema=FlowTraining)
+
+
+def presets(folder):
+    found = sorted((ROOT / folder).glob("*.yaml"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("path", presets("autoencoder_configs"), ids=lambda path: path.stem)
+def test_autoencoder_presets_load(path):
+    config = load_config(AutoencoderTraining, path, ["data.root=x"])
+    assert config.data.root == "x"
+    assert config.model.image_size == config.image_size
+    assert path.read_text().startswith("# "), "the first line says what it reproduces"
+
+
+@pytest.mark.parametrize("path", presets("diffusion_configs"), ids=lambda path: path.stem)
+def test_diffusion_presets_load_and_fit_their_autoencoder(path):
+    config = load_config(FlowTraining, path, ["data.shards=x"])
+    assert config.data.shards == "x"
+    assert path.read_text().startswith("# "), "the first line says what it reproduces"
+    partner = load_config(AutoencoderTraining, ROOT / "autoencoder_configs" / path.name, ["data.root=x"])
+    config.model.resolve(partner.image_size, partner.model.levels)
+    assert config.model.attention_factors is not None

@@ -1,0 +1,406 @@
+import dataclasses
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise, tiny_autoencoder
+from safetensors.torch import load_file
+from torch import nn
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.data.images import find_images, split_held_out
+from pyramid_ldm.data.order import item_at
+from pyramid_ldm.data.photographs import load_crop
+from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents, split_record
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.pyramid import LatentScaling
+from pyramid_ldm.randomness import generator, uniform
+from pyramid_ldm.training.encode import EncodeOptions, encode
+from pyramid_ldm.training.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), False)
+OPTIONS = EncodeOptions(validation=0.3, dtype="float32", batch_size=4, shard_size=6, workers=0)
+SIZES = (6 * 2 * 2, 4 * 4 * 4)  # values of the two levels of an image of 32x32
+WIDTH = sum(SIZES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Such small layers only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def lively_autoencoder(seed_shift=0.0, **changes):
+    """Latents with different means and variances in every channel."""
+    model = randomise(tiny_autoencoder(**changes), 0.2)
+    with torch.no_grad():
+        for module in model.encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.bias.add_(torch.linspace(-0.5, 0.5, len(module.bias)) + seed_shift)
+    return model
+
+
+@pytest.fixture(scope="module")
+def autoencoder_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("autoencoder")
+    lively_autoencoder().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(autoencoder_directory, photographs, tmp_path_factory):
+    """Never changed by a test."""
+    return encode(autoencoder_directory, photographs, tmp_path_factory.mktemp("shards") / "kl", OPTIONS, CPU)
+
+
+@pytest.fixture
+def shards(finished, tmp_path):
+    """A copy that a test may break."""
+    return shutil.copytree(finished, tmp_path / "shards")
+
+
+def all_records(directory):
+    return torch.cat([load_file(path)["records"] for path in sorted(directory.glob("*.safetensors"))])
+
+
+load_autoencoder = functools.cache(PyramidAutoencoder.from_pretrained)
+
+
+@torch.inference_mode()
+def encode_directly(directory, image):
+    return load_autoencoder(directory).encode(image[None])
+
+
+def centre(file):
+    return load_crop(file.path, (32, 32), zoom=1.0, top=0.5, left=0.5)
+
+
+def test_a_record_is_all_means_then_all_log_variances_coarse_to_fine(finished, autoencoder_directory, photographs):
+    records, cache = all_records(finished), LatentCache(finished)
+    assert records.dtype == torch.float32
+    assert records.shape == (len(cache.rows), 2 * WIDTH)
+    files = {file.digest: file for file in find_images(photographs)}
+    for index, row in enumerate(cache.rows):
+        image = centre(files[row.source])
+        posterior = encode_directly(autoencoder_directory, image.flip(-1) if row.mirrored else image)
+        parts = [*posterior.mean, *posterior.log_variance]
+        assert [part.shape[1:] for part in parts] == [(6, 2, 2), (4, 4, 4)] * 2
+        expected = torch.cat([part[0].reshape(-1) for part in parts])
+        torch.testing.assert_close(records[index], expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(cache.read(index), records[index])
+
+
+def test_splitting_a_record_gives_back_the_levels(finished):
+    cache = LatentCache(finished)
+    record = cache.read(3)
+    means, log_variances = split_record(record[None], cache.plan)
+    assert torch.equal(means[0][0], record[:24].reshape(6, 2, 2))
+    assert torch.equal(means[1][0], record[24:88].reshape(4, 4, 4))
+    assert torch.equal(log_variances[0][0], record[88:112].reshape(6, 2, 2))
+    assert torch.equal(log_variances[1][0], record[112:].reshape(4, 4, 4))
+
+
+def test_training_images_are_mirrored_and_held_out_ones_are_not(finished, photographs):
+    train, held = split_held_out(find_images(photographs), 0.3)
+    rows = LatentCache(finished).rows
+    assert train
+    assert held
+    found = [(r.source, r.mirrored, r.crop, r.split) for r in rows]
+    expected = [(f.digest, mirrored, 0, "train") for f in train for mirrored in (False, True)]
+    assert found == expected + [(f.digest, False, 0, "held_out") for f in held]
+    assert LatentCache(finished).indices("held_out") == list(range(2 * len(train), len(rows)))
+
+
+def test_no_flip_halves_the_training_rows(autoencoder_directory, photographs, tmp_path):
+    out = encode(autoencoder_directory, photographs, tmp_path, dataclasses.replace(OPTIONS, flip=False), CPU)
+    assert len(LatentCache(out).rows) == 12
+    assert not any(row.mirrored for row in LatentCache(out).rows)
+
+
+def test_statistics_are_exact(finished):
+    records = all_records(finished).double().numpy()
+    levels = np.split(records, np.cumsum([*SIZES, *SIZES])[:-1], axis=1)
+    for statistics, mean, log_variance, channels in zip(
+        LatentCache(finished).statistics, levels[:2], levels[2:], (6, 4), strict=True
+    ):
+        std = np.sqrt(mean.var() + np.exp(log_variance).mean())
+        assert statistics["std"] == pytest.approx(std, rel=1e-9)
+        mean, log_variance = (x.reshape(len(records), channels, -1) for x in (mean, log_variance))
+        for c in range(channels):
+            assert statistics["channel_mean"][c] == pytest.approx(mean[:, c].mean(), rel=1e-9)
+            expected = np.sqrt(mean[:, c].var() + np.exp(log_variance[:, c]).mean())
+            assert statistics["channel_std"][c] == pytest.approx(expected, rel=1e-9)
+
+
+def test_scaling_modes(finished):
+    cache = LatentCache(finished)
+    cache.statistics = [
+        {"std": 2.5, "channel_mean": [float(c) for c in range(6)], "channel_std": [1.0 + c for c in range(6)]},
+        {"std": 0.4, "channel_mean": [9.0] * 4, "channel_std": [3.0] * 4},
+    ]
+    zeros = ((0.0,) * 6, (0.0,) * 4)
+    assert cache.scaling("unit") == LatentScaling(zeros, ((2.5,) * 6, (0.4,) * 4))
+    assert cache.scaling("paper") == LatentScaling(zeros, ((2.5,) * 6, (1.0,) * 4))
+    assert cache.scaling("channel") == LatentScaling(
+        ((0.0, 1.0, 2.0, 3.0, 4.0, 5.0), (9.0,) * 4), ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (3.0,) * 4)
+    )
+
+
+def test_scaled_samples_have_unit_deviation(finished):
+    cache = LatentCache(finished)
+    dataset = LatentRecords(cache, list(range(len(cache.rows))), seed=0, posterior="sample", shuffle=False)
+    flat = torch.stack([dataset[p][0] for p in range(40 * len(cache.rows))])
+    raw = (flat[:, :24].unflatten(1, (6, 2, 2)), flat[:, 24:].unflatten(1, (4, 4, 4)))
+    for level in cache.scaling("unit").scale(raw):
+        assert float(level.std()) == pytest.approx(1, abs=0.03)
+    for level in cache.scaling("channel").scale(raw):
+        np.testing.assert_allclose(level.mean(dim=(0, 2, 3)), 0, atol=0.06)
+        np.testing.assert_allclose(level.transpose(0, 1).flatten(1).std(dim=1), 1, atol=0.06)
+
+
+def test_scaling_is_affine_per_channel_and_undone_exactly():
+    scaling = LatentScaling(((1.0, -2.0), (0.5,)), ((2.0, 4.0), (8.0,)))
+    raw = (torch.tensor([3.0, 6.0]).view(1, 2, 1, 1), torch.tensor([[4.5, -7.5]]).view(1, 1, 1, 2))
+    scaled = scaling.scale(raw)
+    assert [level.flatten().tolist() for level in scaled] == [[1.0, 2.0], [0.5, -1.0]]
+    assert all(torch.equal(a, b) for a, b in zip(scaling.unscale(scaled), raw, strict=True))
+
+
+def break_by(kind, directory):
+    shard, sidecar = directory / "00001.safetensors", directory / "00001.json"
+    if kind == "no shard":
+        shard.unlink()
+    elif kind == "no sidecar":
+        sidecar.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("kind", ["no shard", "no sidecar", "truncated"])
+def test_resuming_writes_only_what_is_missing(shards, finished, autoencoder_directory, photographs, kind):
+    names = sorted(path.name for path in shards.glob("*.safetensors"))
+    assert len(names) >= 3
+    (shards / "index.json").unlink()
+    break_by(kind, shards)
+    before = {path.name: path.stat() for path in shards.glob("0*") if not path.name.startswith("00001")}
+    encode(autoencoder_directory, photographs, shards, OPTIONS, CPU)
+    for name, old in before.items():
+        now = (shards / name).stat()
+        assert (now.st_mtime_ns, now.st_ino) == (old.st_mtime_ns, old.st_ino), name
+    for path in finished.glob("*.*"):
+        assert path.read_bytes() == (shards / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("kind", ["no shard", "no sidecar", "truncated"])
+def test_a_finished_cache_that_lost_a_shard_is_named_and_mended(shards, autoencoder_directory, photographs, kind):
+    break_by(kind, shards)
+    with pytest.raises(UserError, match=r"00001\.\w+: .*run encode again"):
+        LatentCache(shards)
+    encode(autoencoder_directory, photographs, shards, OPTIONS, CPU)
+    assert len(LatentCache(shards).rows) == len(all_records(shards))
+
+
+def test_a_finished_cache_is_not_encoded_again(shards, autoencoder_directory, photographs, capsys):
+    before = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
+    encode(autoencoder_directory, photographs, shards, OPTIONS, CPU)
+    assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before
+    assert "is complete" in capsys.readouterr().err
+
+
+def test_without_an_index_encode_has_not_finished(shards, tmp_path):
+    (shards / "index.json").unlink()
+    with pytest.raises(UserError, match=r"index\.json: not found; .*encode. again"):
+        LatentCache(shards)
+    with pytest.raises(UserError, match="nowhere: no such directory"):
+        LatentCache(tmp_path / "nowhere")
+
+
+def test_an_index_of_another_version_is_refused(shards):
+    index = json.loads((shards / "index.json").read_text())
+    (shards / "index.json").write_text(json.dumps(index | {"format": 99}))
+    with pytest.raises(UserError, match="format 99, this version reads 1"):
+        LatentCache(shards)
+
+
+def check_refusal(autoencoder, data, out, options, key):
+    with pytest.raises(UserError, match=rf"made with {key} = ") as caught:
+        encode(autoencoder, data, out, options, CPU)
+    assert "\n" not in str(caught.value)
+    assert str(out) in str(caught.value)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_other_latents_are_refused(shards, autoencoder_directory, photographs, tmp_path, indexed):
+    if not indexed:
+        (shards / "index.json").unlink()
+    other = tmp_path / "other"
+    lively_autoencoder(seed_shift=0.1).save_pretrained(other)
+    check_refusal(other, photographs, shards, OPTIONS, "autoencoder")
+    fewer = shutil.copytree(photographs, tmp_path / "fewer")
+    (fewer / "03.png").unlink()
+    check_refusal(autoencoder_directory, fewer, shards, OPTIONS, "data")
+    for key, value in (("crops", 2), ("zoom", 1.5), ("flip", False), ("dtype", "float16"), ("validation", 0.1),
+                       ("seed", 1), ("shard_size", 7)):  # fmt: skip
+        check_refusal(
+            autoencoder_directory, photographs, shards, dataclasses.replace(OPTIONS, **{key: value}), key
+        )  # fmt: skip
+
+
+def test_moving_the_photographs_is_not_other_data(shards, autoencoder_directory, photographs, tmp_path, capsys):
+    encode(autoencoder_directory, shutil.copytree(photographs, tmp_path / "moved"), shards, OPTIONS, CPU)
+    assert "is complete" in capsys.readouterr().err
+
+
+def test_the_batch_size_does_not_make_another_cache(finished, autoencoder_directory, photographs, tmp_path):
+    options = dataclasses.replace(OPTIONS, batch_size=3)
+    out = encode(autoencoder_directory, photographs, tmp_path / "b3", options, CPU)
+    assert LatentCache(out).plan == LatentCache(finished).plan
+    torch.testing.assert_close(all_records(out), all_records(finished), rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_share_the_shards(finished, autoencoder_directory, photographs, tmp_path):
+    class Alone(Runtime):
+        def barrier(self):
+            """The other process has come and gone."""
+
+    out = tmp_path / "shared"
+    encode(autoencoder_directory, photographs, out, OPTIONS, Alone(torch.device("cpu"), False, 1, 2))
+    assert [path.name for path in sorted(out.glob("*.safetensors"))] == ["00001.safetensors", "00003.safetensors"]
+    assert not (out / "index.json").exists()
+    encode(autoencoder_directory, photographs, out, OPTIONS, Alone(torch.device("cpu"), False, 0, 2))
+    for path in finished.glob("*.*"):
+        assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+
+
+def test_float16_is_the_default_and_rounds(finished, autoencoder_directory, photographs, tmp_path):
+    assert EncodeOptions().dtype == "float16"
+    options = dataclasses.replace(OPTIONS, dtype="float16")
+    records = all_records(encode(autoencoder_directory, photographs, tmp_path, options, CPU))
+    assert records.dtype == torch.float16
+    torch.testing.assert_close(records, all_records(finished).half(), rtol=2e-3, atol=1e-5)
+    assert LatentCache(tmp_path).read(0).dtype == torch.float32
+
+
+def test_values_beyond_float16_are_the_users_to_decide(photographs, tmp_path):
+    model = lively_autoencoder()
+    with torch.no_grad():
+        model.encoder.levels[-1].head.conv.weight.mul_(1e6)
+    model.save_pretrained(tmp_path / "huge")
+    with pytest.raises(UserError, match="not finite in float16; encode with --dtype float32"):
+        encode(tmp_path / "huge", photographs, tmp_path / "out", dataclasses.replace(OPTIONS, dtype="float16"), CPU)
+    with pytest.raises(UserError, match="choose float16 or float32"):
+        encode(tmp_path / "huge", photographs, tmp_path / "out", dataclasses.replace(OPTIONS, dtype="int8"), CPU)
+
+
+def test_vq_records_are_half_as_wide_and_need_no_posterior(photographs, tmp_path):
+    lively_autoencoder(latent="vq", codebook_size=8).save_pretrained(tmp_path / "vq")
+    cache = LatentCache(encode(tmp_path / "vq", photographs, tmp_path / "out", OPTIONS, CPU))
+    assert not cache.plan.has_variance
+    assert cache.read(0).shape == (WIDTH,)
+    files = {file.digest: file for file in find_images(photographs)}
+    direct = encode_directly(tmp_path / "vq", centre(files[cache.rows[0].source])).mean
+    expected = torch.cat([level[0].reshape(-1) for level in direct])  # before quantisation
+    torch.testing.assert_close(cache.read(0), expected, rtol=1e-5, atol=1e-6)
+    assert cache.statistics[0]["std"] == pytest.approx(float(all_records(tmp_path / "out")[:, :24].std(correction=0)))
+    latents = LatentRecords(cache, [0], seed=0, posterior="sample")[5][0]
+    assert torch.equal(latents, cache.read(0))
+
+
+def test_crops_are_seeded_and_leave_the_held_out_images_centred(autoencoder_directory, photographs, tmp_path):
+    options = dataclasses.replace(OPTIONS, crops=3, zoom=1.5)
+    train, held = split_held_out(find_images(photographs), 0.3)
+    cache = LatentCache(encode(autoencoder_directory, photographs, tmp_path / "a", options, CPU))
+    found = [(r.source, r.mirrored, r.crop) for r in cache.rows]
+    expected = [(f.digest, mirrored, k) for f in train for k in (1, 2, 3) for mirrored in (False, True)]
+    assert found == expected + [(f.digest, False, 0) for f in held]
+    first = train[0]
+    crops = [cache.read(i) for i in (0, 2, 4)]
+    assert not torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[1], crops[2])
+    place = (int(first.digest[:8], 16), 2)
+    zoom, top, left = (
+        1.5 ** uniform(0, "crop-zoom", *place),
+        *(uniform(0, f"crop-{s}", *place) for s in ("top", "left")),
+    )
+    posterior = encode_directly(autoencoder_directory, load_crop(first.path, (32, 32), zoom=zoom, top=top, left=left))
+    torch.testing.assert_close(crops[1][:24], posterior.mean[0].flatten(), rtol=1e-5, atol=1e-6)
+    other = dataclasses.replace(options, seed=1)
+    assert not torch.equal(
+        cache.read(0), LatentCache(encode(autoencoder_directory, photographs, tmp_path / "b", other, CPU)).read(0)
+    )
+
+
+def test_an_unreadable_image_is_said_and_left_out(autoencoder_directory, photographs, tmp_path, capsys):
+    data = shutil.copytree(photographs, tmp_path / "data")
+    (data / "broken.png").write_text("no image")
+    cache = LatentCache(encode(autoencoder_directory, data, tmp_path / "out", OPTIONS, CPU))
+    assert "skipped" in (error := capsys.readouterr().err)
+    assert "broken.png" in error
+    digests = {file.digest for file in find_images(photographs)}
+    assert {row.source for row in cache.rows} == digests
+    assert len(cache.place) == len(cache.rows)
+
+
+def test_the_cache_carries_its_autoencoder(finished, autoencoder_directory):
+    inner = PyramidAutoencoder.from_pretrained(finished / "autoencoder")
+    assert inner.fingerprint() == PyramidAutoencoder.from_pretrained(autoencoder_directory).fingerprint()
+    assert inner.fingerprint() == LatentCache(finished).plan.autoencoder
+
+
+def test_items_depend_on_seed_and_position_alone(finished):
+    cache = LatentCache(finished)
+    rows = cache.indices("train")
+    one = LatentRecords(cache, rows, seed=4, posterior="sample")
+    forwards = [one[p] for p in range(30)]
+    torch.manual_seed(1)
+    again = LatentRecords(LatentCache(finished), rows, seed=4, posterior="sample")
+    backwards = [again[p] for p in reversed(range(30))][::-1]
+    for a, b in zip(forwards, backwards, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
+    other = LatentRecords(cache, rows, seed=5, posterior="sample")
+    assert not any(torch.equal(other[p][1], forwards[p][1]) for p in range(30))
+    batch = collate_latents(forwards[10:14])
+    assert batch[0].shape == batch[1].shape == (4, WIDTH)
+    assert batch[2].shape == (4,)
+    assert batch[3] == [10, 11, 12, 13]
+
+
+def test_the_latents_drawn_are_mean_plus_deviation_times_noise(finished):
+    cache = LatentCache(finished)
+    rows = cache.indices("train")
+    dataset = LatentRecords(cache, rows, seed=4, posterior="sample")
+    modes = LatentRecords(cache, rows, seed=4, posterior="mode")
+    for position in (0, 7, len(rows) + 3):
+        record = cache.read(rows[item_at(position, len(rows), 4)])
+        mean, std = record[:WIDTH], (record[WIDTH:] / 2).exp()
+        drawn = torch.randn(WIDTH, generator=generator(4, "posterior", position))
+        latents, noise, time, at = dataset[position]
+        torch.testing.assert_close(latents, mean + std * drawn)
+        assert torch.equal(modes[position][0], mean)
+        assert not torch.equal(noise, drawn), "the flow's noise is independent of the posterior's"
+        assert 0 <= float(time) < 1
+        assert at == position
+
+
+def test_a_row_has_a_fresh_posterior_sample_each_epoch(finished):
+    cache = LatentCache(finished)
+    dataset = LatentRecords(cache, [0], seed=0, posterior="sample")
+    draws = torch.stack([dataset[p][0] for p in range(2000)])
+    mean, log_variance = cache.read(0).chunk(2)
+    errors = (draws.mean(dim=0) - mean) / (0.5 * log_variance).exp() * 2000**0.5
+    assert float(errors.abs().max()) < 4.5
+    np.testing.assert_allclose(draws.std(dim=0) / (0.5 * log_variance).exp(), 1, atol=0.08)
+
+
+def test_without_shuffling_rows_come_in_order(finished):
+    cache = LatentCache(finished)
+    rows = cache.indices("held_out")
+    dataset = LatentRecords(cache, rows, seed=0, posterior="mode", shuffle=False)
+    for position in range(len(rows) + 1):
+        assert torch.equal(dataset[position][0], cache.read(rows[position % len(rows)])[:WIDTH])

@@ -1,0 +1,52 @@
+"""The twelve configs that come with the package: their exact ratios, and that both stages' networks fit each other."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
+from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+
+ROOT = Path(__file__).parent.parent
+RATIOS = {
+    "demo": 16.0,
+    "lsun_bedrooms_256": 48.0,
+    "lsun_churches_256": 48.0,
+    "celebahq_1024": 256.0,
+    "people2k": 204.8,
+    "scapes2k": 204.8,
+}
+LATENTS = {
+    "celebahq_1024": [(64, 8, 8), (32, 16, 16)],
+    "people2k": [(64, 1, 1), (60, 4, 4), (48, 8, 8), (32, 16, 16), (48, 32, 32)],
+    "scapes2k": [(16, 1, 2), (60, 2, 4), (48, 4, 8), (32, 8, 16), (48, 16, 32)],
+}
+SIDES = {"lsun_bedrooms_256": [1, 4, 8, 16], "lsun_churches_256": [4, 8, 16, 32]}
+
+
+def test_both_folders_hold_the_same_twelve():
+    for kind in ("autoencoder_configs", "diffusion_configs"):
+        assert {p.stem for p in (ROOT / kind).glob("*.yaml")} == RATIOS.keys()
+
+
+@pytest.mark.parametrize("name", RATIOS)
+def test_config(name):
+    stage_one = load_config(AutoencoderTraining, ROOT / f"autoencoder_configs/{name}.yaml", ["data.root=x"])
+    stage_two = load_config(FlowTraining, ROOT / f"diffusion_configs/{name}.yaml", ["data.shards=x"])
+    with torch.device("meta"):
+        autoencoder = PyramidAutoencoder(stage_one.model)
+        assert autoencoder.compression_ratio() == pytest.approx(RATIOS[name], abs=1e-9)
+        stage_two.model.resolve(stage_one.image_size, stage_one.model.levels)
+        flow = PyramidNCSNpp(stage_two.model)
+        image = torch.empty(1, 3, *stage_one.image_size)
+        latents = autoencoder.encode(image).mode()
+        assert [tuple(z.shape[1:]) for z in latents] == LATENTS.get(name, flow.shapes)
+        if name in SIDES:
+            assert [z.shape[2] for z in latents] == SIDES[name]
+        velocities = flow(latents, torch.empty(1))
+        assert [v.shape for v in velocities] == [z.shape for z in latents]
+    parameters = [sum(p.numel() for p in half.parameters()) for half in (autoencoder.encoder, autoencoder.decoder)]
+    assert parameters[0] < parameters[1]
+    assert stage_one.train.batch_size * stage_one.train.accumulate == (4 if "2k" in name else stage_one.train.batch_size)
