@@ -73,7 +73,7 @@ class PyramidPipeline:
         """Moves both networks; returns self."""
         self.device = torch.device(device)
         for network in (self.flow, self.autoencoder):
-            network.to(self.device, memory_format=torch.channels_last)
+            network.to(self.device).to(memory_format=torch.channels_last)
         return self
 
     def __call__(

@@ -87,9 +87,7 @@ class LatentScaling:
 
     def unscale(self, scaled: Pyramid) -> Pyramid:
         """The flow's space back to raw latents; shapes unchanged."""
-        return tuple(
-            z * self._row(s, z) + self._row(m, z) for z, m, s in zip(scaled, self.mean, self.std, strict=True)
-        )
+        return tuple(z * self._row(s, z) + self._row(m, z) for z, m, s in zip(scaled, self.mean, self.std, strict=True))
 
     @staticmethod
     def _row(values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def load_model(directory: Path, build: Callable[[Any], Model], schema: type) -> 
     for path in (directory / "config.yaml", weights):
         if not path.is_file():
             raise UserError(f"{path}: not found; the model directory is incomplete, export it again or copy it whole")
-    config = load_saved(schema, directory / "config.yaml")
+    config: Any = load_saved(schema, directory / "config.yaml")
     with torch.device("meta"):  # no random initialisation of weights that are about to be replaced
         model = build(config)
     fold_spectral_norm(model)

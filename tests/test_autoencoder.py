@@ -109,7 +109,9 @@ def test_output_skip_is_the_sum_of_upsampled_rgb():
     torch.testing.assert_close(image, expected)
 
 
-@pytest.mark.parametrize(("skip", "expected"), [("res_skip", True), ("skip", True), ("residual", False), ("none", False)])
+@pytest.mark.parametrize(
+    ("skip", "expected"), [("res_skip", True), ("skip", True), ("residual", False), ("none", False)]
+)
 def test_input_skip_lets_the_pooled_image_in(skip, expected):
     encoder = tiny_autoencoder(skip=skip).encoder
     assert [level.from_rgb is not None for level in encoder.levels] == [False] + [expected] * 4

@@ -299,9 +299,9 @@ def test_export_averages_weights_copies_buffers_and_folds():
     beta = 0.9 ** (exponent(0.1) + 1)
     checked = [0, 0]
     for name, parameter in exported.named_parameters():
-        average = beta * old[name] + (1 - beta) * new[name]
+        average = (beta * old[name] + (1 - beta) * new[name]).detach()
         if id(new[name]) in normalised:
-            sigma = float(average.detach().norm() / parameter.norm())
+            sigma = float(average.norm() / parameter.norm())
             torch.testing.assert_close(parameter, average / sigma)
             # power iteration reaches the largest singular value from below
             assert 0.95 < sigma / float(torch.linalg.matrix_norm(average.flatten(1), 2)) < 1.0001

@@ -80,6 +80,7 @@ def test_attention_factors_are_resolved_from_the_image_size(load):
         ("batch_size", "train.batch_size"),
         ("model.atention.decoder", "model.attention.decoder"),
         ("loss.gan.wieght", "loss.gan.weight"),
+        ("max_tokens", "model.attention.max_tokens"),
         ("runs_dir", "run_dir"),
     ],
 )

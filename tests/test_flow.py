@@ -55,9 +55,7 @@ def test_a_new_network_predicts_zero():
 
 
 def test_every_level_depends_on_every_other():
-    network = randomise(
-        tiny_flow(image_size=(32, 32), levels=((32, 4), (16, 3), (8, 2)), widths=[16, 16, 16])
-    ).eval()
+    network = randomise(tiny_flow(image_size=(32, 32), levels=((32, 4), (16, 3), (8, 2)), widths=[16, 16, 16])).eval()
     inputs = tuple(z.requires_grad_() for z in latents(network, 1))
     for velocity in network(inputs, torch.tensor([0.5])):
         gradients = torch.autograd.grad(velocity.square().sum(), inputs, retain_graph=True)

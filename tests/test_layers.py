@@ -17,7 +17,7 @@ from pyramid_ldm.nn.layers import (
     spectral_layers,
 )
 from pyramid_ldm.nn.resample import bilinear_up, box_down, fir_down, fir_up, max_down, nearest_up
-from pyramid_ldm.nn.resblock import ResidualBlock, Resampling, TransformerBlock, position_encoding
+from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
 
 
 def test_decreasing_dropout_of_eight_levels():

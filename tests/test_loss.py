@@ -94,9 +94,7 @@ def test_the_gradient_is_that_of_the_written_objective(perceptual):
 
     loss = AutoencoderLoss(config, perceptual, discriminator)
     found = gradients(
-        lambda autoencoder, output: loss.accumulate_gradients(
-            output, image, autoencoder.decoder.last_weight, 10, 1.0
-        )
+        lambda autoencoder, output: loss.accumulate_gradients(output, image, autoencoder.decoder.last_weight, 10, 1.0)
     )
     for name, expected in gradients(written).items():
         torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=1e-4)
@@ -121,7 +119,12 @@ def test_accumulating_four_equals_a_batch_of_four(perceptual):
             real, fake = discriminator(torch.cat([image[rows], output.reconstruction.detach()])).chunk(2)
             (hinge_loss(real, fake) / parts).backward()
         loss.adaptive.finish_step(lambda x: x)
-        found = {n: p.grad.clone() for m in (autoencoder, discriminator) for n, p in m.named_parameters() if p.grad is not None}
+        found = {
+            n: p.grad.clone()
+            for m in (autoencoder, discriminator)
+            for n, p in m.named_parameters()
+            if p.grad is not None
+        }
         return found, loss.adaptive.value
 
     (whole, weight), (accumulated, weight_too) = run(1), run(4)

@@ -37,9 +37,11 @@ def test_scenes_span_night_to_day_and_many_hues():
     images = np.stack([small(index) for index in range(100)]).astype(np.float64)
     brightness = images.mean(axis=(1, 2, 3))
     assert brightness.std() > 25
-    assert brightness.min() < 60 and brightness.max() > 160
+    assert brightness.min() < 60
+    assert brightness.max() > 160
     warmth = (images[..., 0] - images[..., 2]).mean(axis=(1, 2))
-    assert warmth.min() < -25 and warmth.max() > 40
+    assert warmth.min() < -25
+    assert warmth.max() > 40
 
 
 def test_size_changes_only_the_resolution():
@@ -86,7 +88,8 @@ def test_draws_stay_within_their_ranges():
         scene = Scene.draw(np.random.default_rng(seed))
         assert 2 <= len(scene.ranges) <= 5
         assert scene.palette.shape == (4, 3)
-        assert 0 <= scene.palette.min() and scene.palette.max() <= 1
+        assert scene.palette.min() >= 0
+        assert scene.palette.max() <= 1
         assert abs(scene.body[0]) < 0.4
         bases = [hills.base for hills in scene.ranges]
         assert bases == sorted(bases)

@@ -49,4 +49,6 @@ def test_config(name):
         assert [v.shape for v in velocities] == [z.shape for z in latents]
     parameters = [sum(p.numel() for p in half.parameters()) for half in (autoencoder.encoder, autoencoder.decoder)]
     assert parameters[0] < parameters[1]
-    assert stage_one.train.batch_size * stage_one.train.accumulate == (4 if "2k" in name else stage_one.train.batch_size)
+    assert stage_one.train.batch_size * stage_one.train.accumulate == (
+        4 if "2k" in name else stage_one.train.batch_size
+    )

@@ -161,7 +161,8 @@ def test_two_processes_give_the_single_processs_losses(home, photographs, tmp_pa
             data = f"data.root={photographs}" if stage == "ae" else f"data.shards={home / 'latents'}"
             dropout = "model.decoder.dropout=0" if stage == "ae" else "model.dropout=0"
             run(f"train-{stage}", home / f"{stage}.yaml", data, dropout, *shared, f"train.batch_size={batch}",
-                f"train.accumulate={accumulate}", f"run_dir={tmp_path / stage / name}", processes=processes)  # fmt: skip
+                f"train.accumulate={accumulate}", f"run_dir={tmp_path / stage / name}",
+                processes=processes)  # fmt: skip
         reference = logged(tmp_path / stage / "one", "loss")
         assert len(reference) == 6
         for other in ("two", "accumulated"):
@@ -174,9 +175,19 @@ def test_two_processes_give_the_single_processs_losses(home, photographs, tmp_pa
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(home, photographs, tmp_path):
     arguments = ("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")
-    long = (*arguments, "train.images=100000", "checkpoint.every=100000", "log.pictures_every=100000", "train.decay=constant")
+    long = (
+        *arguments,
+        "train.images=100000",
+        "checkpoint.every=100000",
+        "log.pictures_every=100000",
+        "train.decay=constant",
+    )
     process = subprocess.Popen(
-        command(*long), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command(*long),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     metrics = tmp_path / "ae/metrics.jsonl"
     while not metrics.exists():
@@ -216,7 +227,12 @@ def test_one_corrupt_file_is_named_and_skipped_many_stop_the_run(home, photograp
     for file in files:
         file.write_bytes(file.read_bytes()[:300])
     failed = run(
-        "train-ae", home / "ae.yaml", f"data.root={tmp_path / 'photos'}", f"run_dir={tmp_path / 'ae2'}", *settings, code=2
+        "train-ae",
+        home / "ae.yaml",
+        f"data.root={tmp_path / 'photos'}",
+        f"run_dir={tmp_path / 'ae2'}",
+        *settings,
+        code=2,
     )
     assert failed.stderr.strip().splitlines()[-1].startswith("pyramid-ldm: none of the")
 

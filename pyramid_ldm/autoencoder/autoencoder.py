@@ -70,8 +70,7 @@ class PyramidAutoencoder(nn.Module):
 
             # legacy=True puts beta on the wrong term.
             self.quantizers.extend(
-                VectorQuantizer2(config.codebook_size, level.channels, beta=0.25, legacy=False)
-                for level in self.levels
+                VectorQuantizer2(config.codebook_size, level.channels, beta=0.25, legacy=False) for level in self.levels
             )
 
     def encode(self, image: Tensor) -> DiagonalGaussian:

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import PixelNorm, conv2d, decreasing_dropout, full_precision
 from pyramid_ldm.nn.resample import bilinear_up, nearest_up
-from pyramid_ldm.nn.resblock import ResidualBlock, Resampling, TransformerBlock, position_encoding
+from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
 
 
@@ -190,7 +190,8 @@ class PyramidDecoder(nn.Module):
     def last_weight(self) -> nn.Parameter:
         """The finest `to_rgb` weight, where the adaptive GAN weight compares gradients."""
         finest = self.levels[-1]
-        assert isinstance(finest, DecoderLevel) and finest.to_rgb is not None
+        assert isinstance(finest, DecoderLevel)
+        assert finest.to_rgb is not None
         weight = finest.to_rgb.conv.weight
         assert isinstance(weight, nn.Parameter)
         return weight

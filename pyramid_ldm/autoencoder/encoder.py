@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import PixelNorm, conv2d
 from pyramid_ldm.nn.resample import box_down, max_down
-from pyramid_ldm.nn.resblock import ResidualBlock, Resampling
+from pyramid_ldm.nn.resblock import Resampling, ResidualBlock
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
 
 

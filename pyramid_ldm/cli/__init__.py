@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _complain(str(error))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _complain(f"no space left on the disk ({error.filename or 'while writing'}); free some and run again")
+            return _complain(
+                f"no space left on the disk ({error.filename or 'while writing'}); free some and run again"
+            )
         if isinstance(error, PermissionError):
             return _complain(f"{error.filename}: permission denied")
         raise

@@ -39,20 +39,18 @@ def run(arguments: argparse.Namespace) -> bool:
     out, scale = arguments.out, arguments.minutes / FULL_MINUTES
     began = time.monotonic()
     photographs, autoencoder, latents, flow = (out / name for name in ("photographs", "ae", "latents", "flow"))
-    stages = {
-        "autoencoder_configs": load_config(AutoencoderTraining, find_config("demo.yaml", "autoencoder_configs"), ["data.root=x"]),
-        "diffusion_configs": load_config(FlowTraining, find_config("demo.yaml", "diffusion_configs"), ["data.shards=x"]),
-    }
-    images = {kind: max(1, round(config.train.images * scale)) for kind, config in stages.items()}
-    size = stages["autoencoder_configs"].image_size
+    stage_one = load_config(AutoencoderTraining, find_config("demo.yaml", "autoencoder_configs"), ["data.root=x"])
+    stage_two = load_config(FlowTraining, find_config("demo.yaml", "diffusion_configs"), ["data.shards=x"])
+    images = [max(1, round(config.train.images * scale)) for config in (stage_one, stage_two)]
+    size = stage_one.image_size
     say(f"demo: {PHOTOGRAPHS} landscapes of {size[0]}x{size[1]} to {photographs}")
     render_photographs(photographs, PHOTOGRAPHS, (size[0], size[1]))
     steps: list[tuple[ModuleType, list[object]]] = [
         (train_ae, ["demo.yaml", f"data.root={photographs}", f"run_dir={autoencoder}",
-                    f"train.images={images['autoencoder_configs']}"]),
+                    f"train.images={images[0]}"]),
         (encode, [autoencoder, "--data", photographs, "--out", latents, "--batch-size", 32]),
         (train_flow, ["demo.yaml", f"data.shards={latents}", f"run_dir={flow}",
-                      f"train.images={images['diffusion_configs']}"]),
+                      f"train.images={images[1]}"]),
         (sample, [flow, "--num", SAMPLES, "--batch-size", SAMPLES, "--solver", "euler", "--steps", 100,
                   "--out", out / "samples"]),
     ]  # fmt: skip

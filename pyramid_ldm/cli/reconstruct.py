@@ -14,10 +14,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """AE_RUN --data --out and how."""
     parser.add_argument("autoencoder", metavar="AE_RUN", type=Path, help="a run directory of train-ae")
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pairs, grid.png and reconstructions.jsonl")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the pairs, grid.png and reconstructions.jsonl"
+    )
     parser.add_argument("--num", type=int, help="first so many images (default: all)")
-    parser.add_argument("--held-out", type=float, metavar="SHARE", help="only the images held out at this data.validation")
-    parser.add_argument("--lpips", metavar="WEIGHTS", help="imagenet, or a file with VGG-16's weights (default: no LPIPS)")
+    parser.add_argument(
+        "--held-out", type=float, metavar="SHARE", help="only the images held out at this data.validation"
+    )
+    parser.add_argument(
+        "--lpips", metavar="WEIGHTS", help="imagenet, or a file with VGG-16's weights (default: no LPIPS)"
+    )
     add_device(parser)
 
 

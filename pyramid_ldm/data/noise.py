@@ -22,7 +22,7 @@ def _basis(u: Array, octaves: int) -> list[tuple[NDArray[np.int64], Array]]:
     """
     step = np.abs(np.diff(u, append=2 * u[-1:] - u[-2:-1])) if len(u) > 1 else np.ones(1, np.float32)
     low, high, finest = float(u.min()), float(u.max()), float(step.min())
-    scales = [2.0 ** k for k in range(octaves) if 2 ** k * finest < 0.5]
+    scales = [2.0**k for k in range(octaves) if 2**k * finest < 0.5]
     if not scales:
         return []
     lattices = [np.arange(math.floor(low * scale) - 1, math.floor(high * scale) + 3) for scale in scales]
@@ -33,7 +33,7 @@ def _basis(u: Array, octaves: int) -> list[tuple[NDArray[np.int64], Array]]:
     visible = np.minimum(np.maximum(0.5 / (step[:, None] * scale) - 1, 0), 1)
     weights = (outer * outer * outer - 4 * inner * inner * inner) * (visible / 6)
     ends = list(accumulate(len(lattice) for lattice in lattices))
-    return [(lattice, weights[:, end - len(lattice):end]) for lattice, end in zip(lattices, ends)]
+    return [(lattice, weights[:, end - len(lattice) : end]) for lattice, end in zip(lattices, ends, strict=True)]
 
 
 def fractal_noise(u: Array, v: Array | None, offset: int, gain: float = 0.5, octaves: int = 8) -> Array:
@@ -46,8 +46,8 @@ def fractal_noise(u: Array, v: Array | None, offset: int, gain: float = 0.5, oct
     for k, (columns, across) in enumerate(_basis(u, octaves)):
         columns, row = (columns + offset + 37 * k) % 256, (offset >> 8) + 71 * k
         if down is None:
-            total += gain ** k * (across @ _LATTICE[row % 256, columns])
+            total += gain**k * (across @ _LATTICE[row % 256, columns])
         elif k < len(down):
             rows, weights = down[k]
-            total += gain ** k * (weights @ (_LATTICE[np.ix_((rows + row) % 256, columns)] @ across.T))
+            total += gain**k * (weights @ (_LATTICE[np.ix_((rows + row) % 256, columns)] @ across.T))
     return total * np.float32((2.6 if v is None else 3.6) * math.sqrt(1 - gain * gain))

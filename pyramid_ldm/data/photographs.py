@@ -77,7 +77,7 @@ def collate_images(items: list[tuple[Tensor, int, str, list[str]]]) -> ImageBatc
 
 def load_held_out(files: list[ImageFile], size: tuple[int, int], count: int) -> Tensor:
     """Up to `count` centre crops, (N, 3, H, W); unreadable files are left out."""
-    images = []
+    images: list[Tensor] = []
     for file in files:
         if len(images) == count:
             break

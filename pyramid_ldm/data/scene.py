@@ -15,28 +15,54 @@ from pyramid_ldm.data.noise import Array
 # Sun elevation at each palette key: night, blue hour, dusk or dawn, golden hour, day.
 _KEY_ELEVATIONS = (-1.0, -0.5, 0.0, 0.35, 1.0)
 # Three palettes [palette, key, (zenith, middle, horizon, light)]; a scene uses a random mixture of them.
-_PALETTES = np.array([
-    [[(7, 12, 36), (17, 32, 72), (44, 70, 112), (120, 146, 196)],
-     [(20, 38, 92), (62, 90, 156), (196, 160, 172), (170, 160, 200)],
-     [(44, 76, 146), (176, 130, 166), (255, 178, 120), (255, 170, 120)],
-     [(84, 142, 200), (176, 194, 206), (255, 220, 164), (255, 214, 150)],
-     [(36, 104, 196), (104, 170, 228), (208, 232, 244), (255, 250, 236)]],
-    [[(14, 8, 36), (38, 24, 76), (92, 58, 112), (150, 130, 190)],
-     [(36, 22, 84), (112, 58, 132), (238, 132, 128), (220, 140, 160)],
-     [(74, 40, 116), (206, 82, 116), (255, 156, 76), (255, 140, 90)],
-     [(120, 120, 180), (240, 176, 156), (255, 228, 168), (255, 206, 150)],
-     [(92, 132, 206), (168, 188, 232), (248, 226, 226), (255, 244, 230)]],
-    [[(4, 18, 30), (10, 46, 60), (36, 98, 102), (120, 176, 176)],
-     [(10, 52, 84), (46, 118, 134), (226, 190, 150), (190, 180, 170)],
-     [(24, 92, 122), (150, 166, 150), (255, 200, 104), (255, 186, 110)],
-     [(60, 150, 176), (164, 208, 190), (255, 236, 176), (255, 226, 160)],
-     [(30, 134, 176), (116, 200, 208), (230, 244, 228), (255, 252, 232)]],
-], dtype=np.float32) / 255
+_PALETTES = (
+    np.array(
+        [
+            [
+                [(7, 12, 36), (17, 32, 72), (44, 70, 112), (120, 146, 196)],
+                [(20, 38, 92), (62, 90, 156), (196, 160, 172), (170, 160, 200)],
+                [(44, 76, 146), (176, 130, 166), (255, 178, 120), (255, 170, 120)],
+                [(84, 142, 200), (176, 194, 206), (255, 220, 164), (255, 214, 150)],
+                [(36, 104, 196), (104, 170, 228), (208, 232, 244), (255, 250, 236)],
+            ],
+            [
+                [(14, 8, 36), (38, 24, 76), (92, 58, 112), (150, 130, 190)],
+                [(36, 22, 84), (112, 58, 132), (238, 132, 128), (220, 140, 160)],
+                [(74, 40, 116), (206, 82, 116), (255, 156, 76), (255, 140, 90)],
+                [(120, 120, 180), (240, 176, 156), (255, 228, 168), (255, 206, 150)],
+                [(92, 132, 206), (168, 188, 232), (248, 226, 226), (255, 244, 230)],
+            ],
+            [
+                [(4, 18, 30), (10, 46, 60), (36, 98, 102), (120, 176, 176)],
+                [(10, 52, 84), (46, 118, 134), (226, 190, 150), (190, 180, 170)],
+                [(24, 92, 122), (150, 166, 150), (255, 200, 104), (255, 186, 110)],
+                [(60, 150, 176), (164, 208, 190), (255, 236, 176), (255, 226, 160)],
+                [(30, 134, 176), (116, 200, 208), (230, 244, 228), (255, 252, 232)],
+            ],
+        ],
+        dtype=np.float32,
+    )
+    / 255
+)
 # Colours of the land along one continuous "season" axis.
-_GROUNDS = np.array([
-    (84, 120, 58), (46, 92, 64), (40, 84, 92), (62, 76, 118), (98, 70, 112), (142, 70, 76), (176, 98, 56),
-    (188, 148, 82), (128, 130, 60), (84, 120, 58),
-], dtype=np.float32) / 255
+_GROUNDS = (
+    np.array(
+        [
+            (84, 120, 58),
+            (46, 92, 64),
+            (40, 84, 92),
+            (62, 76, 118),
+            (98, 70, 112),
+            (142, 70, 76),
+            (176, 98, 56),
+            (188, 148, 82),
+            (128, 130, 60),
+            (84, 120, 58),
+        ],
+        dtype=np.float32,
+    )
+    / 255
+)
 
 
 @dataclass(frozen=True)
@@ -105,10 +131,19 @@ class Scene:
         altitude = rng.uniform(0.25, 0.5) if night else 0.42 * elevation + rng.uniform(-0.02, 0.1)
         radius = rng.uniform(0.03, 0.065) if night else 0.03 + 0.09 * rng.random() ** 2 * (1 - 0.7 * abs(elevation))
         # The bank rises to one side, and leaves the picture at the other.
-        bank = Range(base=float(rng.uniform(0.98, 1.06)), height=0.07, frequency=1.5, offset=int(rng.integers(65536)),
-                     tilt=float(rng.uniform(0.12, 0.4) * rng.choice((-1, 1))))
+        bank = Range(
+            base=float(rng.uniform(0.98, 1.06)),
+            height=0.07,
+            frequency=1.5,
+            offset=int(rng.integers(65536)),
+            tilt=float(rng.uniform(0.12, 0.4) * rng.choice((-1, 1))),
+        )
         return cls(
-            elevation=elevation, palette=palette, horizon=horizon, water=water, phase=float(rng.uniform(0.2, 1)),
+            elevation=elevation,
+            palette=palette,
+            horizon=horizon,
+            water=water,
+            phase=float(rng.uniform(0.2, 1)),
             ground=_at(range(len(_GROUNDS)), _GROUNDS, rng.uniform(0, len(_GROUNDS) - 1)),
             body=(float(rng.uniform(-0.38, 0.38)), max(horizon - float(altitude), 0.1), float(radius)),
             glow=float(rng.uniform(0.6, 1.5)),
@@ -124,9 +159,14 @@ def _draw_clouds(rng: np.random.Generator, horizon: float) -> Clouds:
     """A layer of clouds above `horizon`."""
     crisp, place, spread, cover, frequency, stretch, opacity = rng.random(7).tolist()
     return Clouds(
-        centre=horizon * (0.1 + 0.75 * place), spread=0.1 + 0.2 * spread, cover=0.35 + 0.4 * cover,
-        softness=0.7 - 0.5 * crisp, frequency=1.2 + 1.4 * frequency, stretch=4.1 + 0.8 * stretch - 2.5 * crisp,
-        opacity=0.5 + 0.45 * opacity, offset=int(rng.integers(65536)),
+        centre=horizon * (0.1 + 0.75 * place),
+        spread=0.1 + 0.2 * spread,
+        cover=0.35 + 0.4 * cover,
+        softness=0.7 - 0.5 * crisp,
+        frequency=1.2 + 1.4 * frequency,
+        stretch=4.1 + 0.8 * stretch - 2.5 * crisp,
+        opacity=0.5 + 0.45 * opacity,
+        offset=int(rng.integers(65536)),
     )
 
 
@@ -143,13 +183,20 @@ def _draw_ranges(rng: np.random.Generator, horizon: float, water: float | None) 
         near = i / (count - 1)
         bump, relief, frequency, tilt = rng.random(4).tolist()
         ruggedness = min(1.4 * alpine * (1 - near), 1.0)
-        ranges.append(Range(
-            base=horizon + (lowest - horizon) * near ** 1.2, ruggedness=ruggedness, tilt=0.2 * (tilt - 0.5) * near,
-            height=0.05 + 0.08 * bump + alpine * (0.1 + 0.14 * relief) * (1 - near) ** 1.5,
-            summit=summit if lone and i == 0 else (0.0, 0.0, 1.0), frequency=0.9 + 0.8 * frequency + 0.5 * ruggedness,
-            haze=air * (1 - near) ** 1.3 + 0.06, mist=mist * (1 - 0.7 * near), snow=snow if i == 0 else 0.0,
-            offset=int(rng.integers(65536)),
-        ))
+        ranges.append(
+            Range(
+                base=horizon + (lowest - horizon) * near**1.2,
+                ruggedness=ruggedness,
+                tilt=0.2 * (tilt - 0.5) * near,
+                height=0.05 + 0.08 * bump + alpine * (0.1 + 0.14 * relief) * (1 - near) ** 1.5,
+                summit=summit if lone and i == 0 else (0.0, 0.0, 1.0),
+                frequency=0.9 + 0.8 * frequency + 0.5 * ruggedness,
+                haze=air * (1 - near) ** 1.3 + 0.06,
+                mist=mist * (1 - 0.7 * near),
+                snow=snow if i == 0 else 0.0,
+                offset=int(rng.integers(65536)),
+            )
+        )
     return tuple(ranges)
 
 

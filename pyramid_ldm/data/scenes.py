@@ -90,7 +90,7 @@ def _sky(scene: Scene, view: _View) -> Array:
     rows = np.stack([np.interp(t, (0, 0.55, 1), scene.palette[:3, c]) for c in range(3)], axis=-1)
     image = np.repeat(rows[:, None].astype(np.float32), len(view.x), axis=1)
     warmth = 0.55 * math.exp(-((scene.elevation / 0.35) ** 2))
-    aside = np.exp(-((view.x - scene.body[0]) / (0.5 * scene.glow)) ** 2)
+    aside = np.exp(-(((view.x - scene.body[0]) / (0.5 * scene.glow)) ** 2))
     above = np.exp(-np.abs(scene.horizon - view.y) / 0.16)
     _blend(image, scene.palette[3], warmth * above[:, None] * aside)
     return image
@@ -105,7 +105,7 @@ def _paint_stars(image: Array, scene: Scene, view: _View) -> None:
         if 2 <= column < len(view.x) - 2 and 2 <= row < len(view.y) - 2:
             block = slice(row - 2, row + 3), slice(column - 2, column + 3)
             square = ((view.x[block[1]] - sx) ** 2 + (view.y[block[0]][:, None] - sy) ** 2) / (2 * sigma * sigma)
-            image[block] += (dark * brightness ** 2 * np.exp(-square))[..., None]
+            image[block] += (dark * brightness**2 * np.exp(-square))[..., None]
 
 
 def _paint_body(image: Array, scene: Scene, view: _View) -> None:
@@ -181,7 +181,7 @@ def _paint_range(image: Array, hills: Range, texture: Array, scene: Scene, view:
     if hills.snow:
         line = hills.base - (hills.height + hills.summit[1]) * (1 - hills.snow)
         shadow = 0.5 * air + 0.4 * middle
-        white = shadow + ((0.2 + 0.8 * day ** 0.6) * (0.4 * light + 0.6) - shadow) * np.sqrt(lit)
+        white = shadow + ((0.2 + 0.8 * day**0.6) * (0.4 * light + 0.6) - shadow) * np.sqrt(lit)
         edge = view.y[:, None] - line + 0.04 * texture
         _blend(colour, white, (1 - 0.35 * hills.haze) * _smoothstep(0.025, -0.025, edge))
     _blend(colour, 0.5 * air + 0.5 * horizon, hills.mist * _smoothstep(0.0, 0.22, depth))
@@ -197,7 +197,7 @@ def _paint_water(image: Array, scene: Scene, shore: float, view: _View) -> None:
     distance = np.maximum(y - shore, 0)
     mirrored = shore - 1.15 * distance
     blur = 0.006 + 0.12 * distance + 0.5 * view.pixel
-    surface: Array = np.tensordot(_gaussian(mirrored, above, blur), image[:len(above)], 1)
+    surface: Array = np.tensordot(_gaussian(mirrored, above, blur), image[: len(above)], 1)
     surface = _gaussian(view.x, view.x, np.full_like(view.x, 0.018)) @ surface
     # Equal steps of the logarithm are ripples that shrink towards the far shore.
     ripple = fractal_noise(3 * view.x, 8 * np.log(distance + 0.05), scene.offset, gain=0.6, octaves=6)
@@ -205,7 +205,7 @@ def _paint_water(image: Array, scene: Scene, shore: float, view: _View) -> None:
     _blend(surface, deep, np.clip(0.12 + 0.6 * distance[:, None] + 0.07 * ripple, 0, 1))
     x, altitude, radius = scene.body
     if altitude < shore:
-        path = np.exp(-((view.x - x) / (radius + 0.25 * distance[:, None])) ** 2 - distance[:, None] / 0.3)
+        path = np.exp(-(((view.x - x) / (radius + 0.25 * distance[:, None])) ** 2) - distance[:, None] / 0.3)
         # Waves glitter less where they mirror dark land.
         path *= np.clip(0.6 + 0.45 * ripple, 0, 1) * np.minimum(0.35 + surface.mean(axis=2), 1)
         _blend(surface, 0.4 + 0.6 * scene.palette[3], path * _smoothstep(0, 0.06, distance)[:, None])

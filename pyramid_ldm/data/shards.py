@@ -80,7 +80,12 @@ def write_shard(directory: Path, number: int, plan: Plan, records: Tensor, rows:
     write_atomic(shard, lambda path: save_file({"records": records.contiguous()}, path))
     write_json(
         sidecar,
-        {"format": FORMAT, "plan": asdict(plan), "sha256": sha256(shard), "rows": [list(asdict(r).values()) for r in rows]},
+        {
+            "format": FORMAT,
+            "plan": asdict(plan),
+            "sha256": sha256(shard),
+            "rows": [list(asdict(r).values()) for r in rows],
+        },
     )
 
 

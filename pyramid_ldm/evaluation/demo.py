@@ -139,8 +139,8 @@ def report(out: Path, figures: Figures, seconds: float) -> None:
         ),
         Section(
             "What each latent level holds",
-            "Upper row: the image from only one level. Lower row: from all but one (Pyramid Diffusion Model, figure 7). "
-            "A level that is left out is replaced by its mean.",
+            "Upper row: the image from only one level. Lower row: from all but one (Pyramid Diffusion Model, figure "
+            "7). A level that is left out is replaced by its mean.",
             out / "latents.png",
         ),
         Section(
@@ -168,7 +168,10 @@ def report(out: Path, figures: Figures, seconds: float) -> None:
         sections=sections,
         charts=charts,
         next_steps=[
-            ("Train an autoencoder on your own photographs", "pyramid-ldm train-ae autoencoder_configs/scapes2k.yaml data.root=photos/"),
+            (
+                "Train an autoencoder on your own photographs",
+                "pyramid-ldm train-ae autoencoder_configs/scapes2k.yaml data.root=photos/",
+            ),
             ("Turn them into latents", "pyramid-ldm encode runs/scapes2k-ae --data photos/ --out latents/"),
             ("Train the flow network", "pyramid-ldm train-flow diffusion_configs/scapes2k.yaml data.shards=latents/"),
             ("Draw new images", "pyramid-ldm sample runs/scapes2k-flow --num 16 --out samples/"),

@@ -63,9 +63,7 @@ def latents_sheet(autoencoder: PyramidAutoencoder, image: Tensor, replacement: P
     width, height = image.shape[2] * scale, image.shape[1] * scale
     margin, label = 6, 18
     columns = len(only) + 1
-    sheet = Image.new(
-        "RGB", (columns * (width + margin) + margin, 2 * (height + label + margin) + margin), PAPER
-    )
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, 2 * (height + label + margin) + margin), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
 
     def place(picture: Tensor, column: int, row: int, text: str) -> None:

@@ -69,7 +69,9 @@ def sample_to_folder(
             began = time.monotonic()
     sheet = grid(thumbnails)
     write_atomic(out / "grid.png", lambda temporary: sheet.save(temporary, format="PNG"))
-    print(f"done: {len(paths)} images and grid.png in {out}; {output.nfe} evaluations in the last batch", file=sys.stderr)
+    print(
+        f"done: {len(paths)} images and grid.png in {out}; {output.nfe} evaluations in the last batch", file=sys.stderr
+    )
     return paths
 
 

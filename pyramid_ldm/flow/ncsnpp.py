@@ -7,7 +7,7 @@ branch's own, give that level's velocity (res-skip). Without coarser latents thi
 
 import math
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -143,9 +143,7 @@ class DownLevel(nn.Module):
         n = make.config.blocks
         self.blocks = _Blocks([width_in] + [width] * (n - 1), width, make, attention=[make.has_attention] * n)
         self.down = make.block(width, width, down) if down else None
-        self.combine = (
-            conv2d(latent_channels, width, 1, spectral_norm=make.config.spectral_norm) if down else None
-        )
+        self.combine = conv2d(latent_channels, width, 1, spectral_norm=make.config.spectral_norm) if down else None
 
 
 class UpLevel(nn.Module):
@@ -156,7 +154,9 @@ class UpLevel(nn.Module):
         self, width_in: int, skips: list[int], width: int, make: _Factory, *, up: Resample | None, latent_channels: int
     ) -> None:
         super().__init__()
-        inputs = [previous + skip for previous, skip in zip([width_in] + [width] * (len(skips) - 1), skips, strict=True)]
+        inputs = [
+            previous + skip for previous, skip in zip([width_in] + [width] * (len(skips) - 1), skips, strict=True)
+        ]
         last = [i == len(skips) - 1 and make.has_attention for i in range(len(skips))]
         self.blocks = _Blocks(inputs, width, make, attention=last)
         self.head = VelocityHead(width, latent_channels)
@@ -203,9 +203,7 @@ class PyramidNCSNpp(nn.Module):
             for i in range(depth)
         )
         coarsest = makers[-1]
-        self.middle = _Blocks(
-            [widths[-1]] * 2, widths[-1], coarsest, attention=[config.attention != "none", False]
-        )
+        self.middle = _Blocks([widths[-1]] * 2, widths[-1], coarsest, attention=[config.attention != "none", False])
         skips = [widths[0]]  # widths of the features stored on the way down
         for i, width in enumerate(widths):
             skips += [width] * (config.blocks + (i + 1 < depth))
@@ -234,20 +232,19 @@ class PyramidNCSNpp(nn.Module):
         embedding = self.time(t)
         by_factor = dict(zip((level.factor for level in self.levels), latents, strict=True))
         entered = {
-            factor: self._branch(factor).features(by_factor[factor], embedding)
-            for factor in list(by_factor)[:-1]
+            factor: self._branch(factor).features(by_factor[factor], embedding) for factor in list(by_factor)[:-1]
         }
 
         image = latents[-1]
         h: Tensor = self.input(image)
         stored = [h]
-        for i, (factor, level) in enumerate(zip(self.factors, self.down_levels, strict=True)):
+        for i, (factor, level) in enumerate(zip(self.factors, cast("list[DownLevel]", self.down_levels), strict=True)):
             for n in range(self.config.blocks):
                 h = level.blocks.step(n, h, embedding)
                 if n == 0 and factor in entered:
                     h = rescaled_sum(h, entered[factor])
                 stored.append(h)
-            if level.down is not None:
+            if level.down is not None and level.combine is not None:
                 image = self.downs[i](image)
                 h = level.down(h, embedding) + level.combine(image)
                 stored.append(h)
@@ -256,16 +253,16 @@ class PyramidNCSNpp(nn.Module):
 
         velocities: dict[int, Tensor] = {}
         finest: Tensor | None = None
-        for i, level in zip(reversed(range(len(self.factors))), self.up_levels, strict=True):
+        for i, rise in zip(reversed(range(len(self.factors))), cast("list[UpLevel]", self.up_levels), strict=True):
             for n in range(self.config.blocks + 1):
-                h = level.blocks.step(n, torch.cat([h, stored.pop()], dim=1), embedding)
+                h = rise.blocks.step(n, torch.cat([h, stored.pop()], dim=1), embedding)
             factor = self.factors[i]
             if factor in entered:
                 velocities[factor] = self._branch(factor).velocity(h, entered[factor], embedding)
-            addition = level.head(h)
+            addition = rise.head(h)
             finest = addition if finest is None else self.ups[i](finest) + addition
-            if level.up is not None:
-                h = level.up(h, embedding)
+            if rise.up is not None:
+                h = rise.up(h, embedding)
         assert finest is not None
         velocities[self.levels[-1].factor] = finest
         return tuple(velocities[level.factor] for level in self.levels)

@@ -29,7 +29,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Softmax of k over positions and of q over channels, so that k^T v comes first: O(HW) (LDM's, Shen et al. 2021)."""
+    """Softmax of k over positions and of q over channels, so that k^T v comes first: O(HW) (Shen et al. 2021)."""
     height = q.shape[2]
     q, k, v = (rearrange(x, "b (n c) h w -> b n c (h w)", n=heads) for x in (q, k, v))
     context = torch.einsum("bncp,bndp->bncd", k.softmax(dim=-1), v)

@@ -129,7 +129,7 @@ class ZeroConv2d(nn.Module):
         super().__init__()
         self.conv = conv2d(inputs, outputs, kernel, spectral_norm=spectral_norm)
         if spectral_norm:
-            self.gain = nn.Parameter(torch.zeros(outputs, 1, 1))
+            self.gain: nn.Parameter | None = nn.Parameter(torch.zeros(outputs, 1, 1))
         else:
             self.gain = None
             nn.init.zeros_(self.conv.weight)

@@ -1,7 +1,7 @@
 """Training state on disk: atomic, strict, versioned, with fallback to the one before.
 
-`checkpoints/NNNNNNNNNN/` (images seen) holds `state.pt` and `manifest.json` with its size and hash. A checkpoint is built
-under a temporary name and renamed, so one that has its name is whole; the manifest tells whether it still is.
+`checkpoints/NNNNNNNNNN/` (images seen) holds `state.pt` and `manifest.json` with its size and hash. A checkpoint is
+built under a temporary name and renamed, so one that has its name is whole; the manifest tells whether it still is.
 """
 
 import shutil
@@ -46,7 +46,7 @@ def load_newest(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
     Raises UserError where checkpoints exist and none is whole, or one is of another version.
     """
-    skipped = []
+    skipped: list[str] = []
     for directory in reversed(checkpoint_directories(run)):
         fault = find_fault(directory)
         if fault is None:

@@ -31,7 +31,7 @@ class PowerEma:
 
     @torch.no_grad()
     def update(self, model: nn.Module, images_seen: int, images_in_step: int) -> None:
-        """After an optimizer step: track <- beta * track + (1 - beta) * weights, beta = (1 - step / seen)^(gamma + 1)."""
+        """After a step: track <- beta * track + (1 - beta) * weights, beta = (1 - step / seen)^(gamma + 1)."""
         live = dict(model.named_parameters())
         for key, track in self.tracks.items():
             if live.keys() != track.keys():
@@ -41,7 +41,7 @@ class PowerEma:
 
     @torch.no_grad()
     def export(self, model: Model, width: float) -> Model:
-        """A copy of `model` with one track's weights, spectral norm iterated to convergence and folded, in eval mode."""
+        """A copy of `model` with one track's weights, spectral norm converged and folded, in eval mode."""
         copy = deepcopy(model).eval().requires_grad_(False)
         for name, parameter in copy.named_parameters():
             parameter.copy_(self.tracks[f"{width:g}"][name])

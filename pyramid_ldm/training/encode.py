@@ -1,10 +1,10 @@
 """Between the stages: photographs to latent shards."""
 
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
     )
     if runtime.main and not (out / AUTOENCODER).exists():
         replace_directory(out / AUTOENCODER, autoencoder.save_pretrained)
-    autoencoder.to(runtime.device, memory_format=torch.channels_last)
+    autoencoder.to(runtime.device).to(memory_format=torch.channels_last)
     mine = [n for n in todo if n % runtime.ranks == runtime.rank]
     with tqdm(
         total=sum(len(shards[n]) for n in mine), unit="img", desc="encode", disable=not sys.stderr.isatty()
@@ -158,7 +158,7 @@ def encode_shard(
     out: Path,
     options: EncodeOptions,
     runtime: Runtime,
-    bar: "tqdm[None]",
+    bar: "tqdm[Any]",
 ) -> None:
     """One shard; unreadable images are named and left out."""
     records, rows = [], []
@@ -168,9 +168,7 @@ def encode_shard(
                 images.to(runtime.device, non_blocking=True, memory_format=torch.channels_last)
             )
         records.append(make_record(posterior.mean, posterior.log_variance, plan.dtype))
-        rows += [
-            Row(views[i].file.digest, views[i].mirrored, views[i].crop, views[i].split) for i in indices
-        ]
+        rows += [Row(views[i].file.digest, views[i].mirrored, views[i].crop, views[i].split) for i in indices]
         bar.update(len(indices))
     if not records:
         raise UserError(f"none of the {len(views)} images of shard {number} can be read")

@@ -38,7 +38,9 @@ def open_run(config: Any, data_fingerprint: str, runtime: Runtime) -> Path:
         if provenance.is_file():
             before = json.loads(provenance.read_text()).get("data_fingerprint")
             if before != data_fingerprint:
-                raise UserError(f"{run}: was started on other data ({before}, now {data_fingerprint}); use a new run_dir")
+                raise UserError(
+                    f"{run}: was started on other data ({before}, now {data_fingerprint}); use a new run_dir"
+                )
     elif run.exists() and any(run.iterdir()) and not saved.is_file():
         raise UserError(f"{run}: is not empty and not a run; give another run_dir")
     if runtime.main:
@@ -104,9 +106,7 @@ def batches(
     runtime: Runtime,
 ) -> Iterator[Batch]:
     """Micro-batches of this rank from position `start` to `stop`, prepared ahead by `workers` processes."""
-    sampler = PositionSampler(
-        start=start, stop=stop, batch_size=batch_size, rank=runtime.rank, ranks=runtime.ranks
-    )
+    sampler = PositionSampler(start=start, stop=stop, batch_size=batch_size, rank=runtime.rank, ranks=runtime.ranks)
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -98,7 +98,7 @@ def finish() -> None:
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """"auto" is CUDA, else Apple's MPS, else the CPU. UserError where a named device is not there."""
+    """ "auto" is CUDA, else Apple's MPS, else the CPU. UserError where a named device is not there."""
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank)
@@ -109,7 +109,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """"auto" is bfloat16 where it is fast: recent CUDA devices, and CPUs with AVX512-BF16 or AMX."""
+    """ "auto" is bfloat16 where it is fast: recent CUDA devices, and CPUs with AVX512-BF16 or AMX."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

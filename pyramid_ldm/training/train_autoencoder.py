@@ -71,12 +71,12 @@ def build_state(config: AutoencoderTraining, device: torch.device) -> State:
     """Networks, optimizers, averages and loss at zero images, on `device`."""
     runtime_seed, loss_config, train = config.seed, config.loss, config.train
     torch.manual_seed(runtime_seed)
-    autoencoder = PyramidAutoencoder(config.model).to(device, memory_format=torch.channels_last)
+    autoencoder = PyramidAutoencoder(config.model).to(device).to(memory_format=torch.channels_last)
     discriminator = disc_optimizer = None
     betas, fused = (train.beta1, train.beta2), device.type in ("cuda", "cpu")
     if loss_config.gan.weight > 0:
         discriminator = PatchDiscriminator(loss_config.gan.channels, loss_config.gan.layers)
-        discriminator = discriminator.to(device, memory_format=torch.channels_last)
+        discriminator = discriminator.to(device).to(memory_format=torch.channels_last)
         rate = loss_config.gan.learning_rate or train.learning_rate
         disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=rate, betas=betas, fused=fused)
     perceptual = PerceptualLoss(loss_config.perceptual.weights, device) if loss_config.perceptual.weight > 0 else None
@@ -248,7 +248,8 @@ def save(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime)
 def describe(config: AutoencoderTraining, state: State, runtime: Runtime, train: int, held_out: int, total: int) -> str:
     """What is about to happen, in a few lines."""
     encoder, decoder = (
-        sum(p.numel() for p in part.parameters()) / 1e6 for part in (state.autoencoder.encoder, state.autoencoder.decoder)
+        sum(p.numel() for p in part.parameters()) / 1e6
+        for part in (state.autoencoder.encoder, state.autoencoder.decoder)
     )
     levels = " + ".join(f"{h}x{w}x{c}" for c, h, w in level_shapes(state.autoencoder.levels, config.image_size))
     beginning = f"resuming at {state.images_seen}" if state.images_seen else "from the start"

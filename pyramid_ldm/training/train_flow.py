@@ -57,7 +57,7 @@ class State:
 def build_state(config: FlowTraining, device: torch.device) -> State:
     """Network, optimizer and averages at zero images, on `device`."""
     torch.manual_seed(config.seed)
-    network = PyramidNCSNpp(config.model).to(device, memory_format=torch.channels_last)
+    network = PyramidNCSNpp(config.model).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(
         network.parameters(),
         lr=config.train.learning_rate,
