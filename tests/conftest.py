@@ -13,8 +13,8 @@ from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, Encod
 from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
 
-torch.set_num_threads(2)
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # for the commands that tests start
+torch.set_num_threads(1)  # what tests compute is too small for two
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 
 
 def tiny_autoencoder_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> AutoencoderConfig:

@@ -73,8 +73,8 @@ def split_held_out(files: list[ImageFile], fraction: float) -> tuple[list[ImageF
         held = ranked[:1]
     if len(held) == len(files):
         held = ranked[: len(files) // 2]
-    chosen = {file.path for file in held}
-    return [file for file in files if file.path not in chosen], held
+    chosen = {file.digest for file in held}  # copies of one photograph stay on one side
+    return [file for file in files if file.digest not in chosen], [file for file in files if file.digest in chosen]
 
 
 def load_image(path: str, at_least: tuple[int, int] | None = None) -> Image.Image:

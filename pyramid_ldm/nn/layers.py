@@ -32,8 +32,8 @@ class SpectralNorm(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         rows = weight.detach().flatten(1)
-        self.register_buffer("u", F.normalize(torch.randn(rows.shape[0], device=rows.device), dim=0))
-        self.register_buffer("v", F.normalize(torch.randn(rows.shape[1], device=rows.device), dim=0))
+        self.register_buffer("u", torch.randn(rows.shape[0], device=rows.device))  # `advance` makes them unit vectors
+        self.register_buffer("v", torch.randn(rows.shape[1], device=rows.device))
         if weight.device.type != "meta":  # loading: the weights come later, and meta kernels are slow
             self.advance(weight, 15)
 

@@ -12,6 +12,7 @@ import torch
 
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json, replace_directory, sha256, write_json
+from pyramid_ldm.training.schedule import due
 
 FORMAT = 1
 
@@ -77,8 +78,12 @@ def find_fault(directory: Path) -> str | None:
     return None
 
 
-def prune(run: Path, keep_last: int, keep_every: int) -> None:
-    """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` images."""
+def prune(run: Path, keep_last: int, keep_every: int, per_step: int = 1) -> None:
+    """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` images, rounded up to
+    whole steps of `per_step` images; and what a killed save left."""
     for directory in checkpoint_directories(run)[:-keep_last]:
-        if keep_every == 0 or int(directory.name) % keep_every:
+        images_seen = int(directory.name)
+        if not due(keep_every, images_seen - per_step, images_seen):
             shutil.rmtree(directory)
+    for leftover in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(leftover)

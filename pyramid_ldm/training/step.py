@@ -3,9 +3,15 @@
 import torch
 from torch import nn
 
+from pyramid_ldm.config.common import TrainConfig
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
+
+
+def per_step(train: TrainConfig, runtime: Runtime) -> int:
+    """Images one optimizer step sees, over micro-steps and processes."""
+    return train.batch_size * train.accumulate * runtime.ranks
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -26,7 +26,7 @@ from pyramid_ldm.training.log import Metrics, RunLog
 from pyramid_ldm.training.run import batches, open_run
 from pyramid_ldm.training.runtime import Runtime, start, stop_on_signal
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
-from pyramid_ldm.training.step import NonFinite, set_learning_rate, take_step
+from pyramid_ldm.training.step import NonFinite, per_step, set_learning_rate, take_step
 
 
 @dataclass
@@ -104,8 +104,8 @@ def train_autoencoder(config: AutoencoderTraining) -> tuple[Path, bool]:
     judge = runtime.wrap(state.discriminator) if state.discriminator is not None else None
 
     train = config.train
-    per_step = train.batch_size * train.accumulate * runtime.ranks
-    total = whole_steps(train.images, per_step)
+    step_images = per_step(train, runtime)
+    total = whole_steps(train.images, step_images)
     size = (config.image_size[0], config.image_size[1])
     looks = Preprocessing(size, config.data.crop, config.data.zoom, config.data.flip)
     feed = batches(
@@ -148,10 +148,10 @@ def train_autoencoder(config: AutoencoderTraining) -> tuple[Path, bool]:
                 if discriminator_learns(config.loss.gan, before):
                     finite &= take_step(state.disc_optimizer, state.discriminator, 0.0, runtime, metrics, "disc_norm")
                 state.loss.adaptive.finish_step(runtime.average)
-            state.images_seen = before + per_step
+            state.images_seen = before + step_images
             if nonfinite.record(finite, seen_files):
                 advance_spectral_norm(state.autoencoder)
-                state.ema.update(state.autoencoder, state.images_seen, per_step)
+                state.ema.update(state.autoencoder, state.images_seen, step_images)
 
             log.advance(state.images_seen)
             last = state.images_seen >= total
@@ -239,7 +239,7 @@ def save(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime)
     """A checkpoint and the exported EMA model."""
     if runtime.main:
         save_checkpoint(run, state.images_seen, state.state_dict())
-        prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every, per_step(config.train, runtime))
         averaged = state.ema.export(state.autoencoder, config.ema.export)
         replace_directory(run / "model", averaged.save_pretrained)
     runtime.barrier()

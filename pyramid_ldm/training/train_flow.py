@@ -25,7 +25,7 @@ from pyramid_ldm.training.log import Metrics, RunLog
 from pyramid_ldm.training.run import batches, open_run
 from pyramid_ldm.training.runtime import Runtime, start, stop_on_signal
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
-from pyramid_ldm.training.step import NonFinite, set_learning_rate, take_step
+from pyramid_ldm.training.step import NonFinite, per_step, set_learning_rate, take_step
 
 
 @dataclass
@@ -82,8 +82,8 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
     flow = RectifiedFlow(config.rectified_flow.eps, config.rectified_flow.level_weights)
 
     train = config.train
-    per_step = train.batch_size * train.accumulate * runtime.ranks
-    total = whole_steps(train.images, per_step)
+    step_images = per_step(train, runtime)
+    total = whole_steps(train.images, step_images)
     feed = batches(
         LatentRecords(cache, cache.indices("train"), config.seed, config.data.posterior),
         collate_latents,
@@ -115,10 +115,10 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
                     metrics.add(accumulate(flow, model, scaling, state.network, latents, noise, time, train.accumulate))
 
             finite = take_step(state.optimizer, state.network, train.gradient_clip, runtime, metrics, "grad_norm")
-            state.images_seen = before + per_step
+            state.images_seen = before + step_images
             if nonfinite.record(finite, [f"positions {before} to {state.images_seen}"]):
                 advance_spectral_norm(state.network)
-                state.ema.update(state.network, state.images_seen, per_step)
+                state.ema.update(state.network, state.images_seen, step_images)
 
             log.advance(state.images_seen)
             last = state.images_seen >= total
@@ -211,7 +211,7 @@ def save(
     """A checkpoint and the exported pipeline."""
     if runtime.main:
         save_checkpoint(run, state.images_seen, state.state_dict())
-        prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every)
+        prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every, per_step(config.train, runtime))
         replace_directory(run / "model", make_pipeline(config, cache, scaling, state).save_pretrained)
     runtime.barrier()
 
