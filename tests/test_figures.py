@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from conftest import randomise, tiny_autoencoder
+from PIL import Image
+
+from pyramid_ldm.evaluation.demo import bicubic_psnr, nearest_neighbours
+from pyramid_ldm.evaluation.figures import comparison_grid, grid, latent_contributions, latents_sheet
+from pyramid_ldm.evaluation.metrics import psnr, ssim
+
+
+def test_psnr_by_hand():
+    x = torch.zeros(2, 3, 4, 4)
+    y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 2.0)])
+    torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, 0.0]))
+
+
+def test_ssim_is_one_for_equal_images_and_agrees_with_the_formula_for_constants():
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    torch.testing.assert_close(ssim(x, x), torch.ones(1))
+    a, b, c1 = 0.5, -0.25, (0.01 * 2) ** 2  # constants: only the luminance term is left
+    expected = (2 * a * b + c1) / (a * a + b * b + c1)
+    found = ssim(torch.full((1, 3, 16, 16), a), torch.full((1, 3, 16, 16), b))
+    assert found.item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_grid_places_images_in_reading_order():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    sheet = grid([Image.new("RGB", (4, 2), colour) for colour in colours], columns=2)
+    assert sheet.size == (10, 6)
+    assert [sheet.getpixel(xy) for xy in ((0, 0), (6, 0), (0, 4), (6, 4))] == [*colours, (255, 255, 255)]
+
+
+def test_comparison_puts_originals_over_reconstructions():
+    sheet = np.asarray(comparison_grid(torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)))
+    assert sheet.shape == (10, 10, 3)
+    assert (sheet[:4, :4] == 255).all()
+    assert (sheet[6:, :4] == 0).all()
+
+
+def test_contributions_of_figure_7():
+    autoencoder = randomise(tiny_autoencoder(), 0.05).eval()
+    with torch.no_grad():
+        latents = autoencoder.encode(torch.rand(1, 3, 32, 32)).mode()
+        zeros = tuple(torch.zeros_like(z) for z in latents)
+        whole, only, without = latent_contributions(autoencoder, latents, zeros)
+        assert torch.equal(whole, autoencoder.decode(latents))
+        assert torch.equal(only[0], autoencoder.decode((latents[0], zeros[1])))
+        assert torch.equal(without[0], autoencoder.decode((zeros[0], latents[1])))
+        assert torch.equal(without[1], only[0]), "with two levels, all but one is the other alone"
+        sheet = latents_sheet(autoencoder, torch.rand(3, 32, 32), zeros)
+    assert sheet.size == (3 * 38 + 6, 2 * 56 + 6)
+
+
+def test_bicubic_baseline_keeps_no_more_values_than_allowed():
+    smooth = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
+    assert bicubic_psnr(smooth, 3 * 16 * 16) > 40
+    noise = torch.rand(1, 3, 64, 64) * 2 - 1
+    assert bicubic_psnr(noise, 3 * 16 * 16) < bicubic_psnr(noise, 3 * 32 * 32) < bicubic_psnr(noise, 3 * 64 * 64)
+    assert bicubic_psnr(noise, 3 * 64 * 64) > 50
+    assert bicubic_psnr(noise, 3 * 64 * 64 - 1) < 20
+
+
+def test_nearest_neighbour_by_hand():
+    candidates = torch.stack([torch.zeros(3, 2, 2), torch.ones(3, 2, 2)])
+    index, distance = nearest_neighbours(torch.full((1, 3, 2, 2), 0.9), candidates)
+    assert index.tolist() == [1]
+    assert distance.item() == pytest.approx(0.1 * 127.5, rel=1e-5)

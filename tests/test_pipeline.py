@@ -1,0 +1,103 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomise, tiny_autoencoder, tiny_flow
+from PIL import Image
+
+from pyramid_ldm import PyramidPipeline
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.evaluation.sampling import sample_to_folder
+from pyramid_ldm.pipeline import SolverOptions
+from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    scaling = LatentScaling(((0.0,) * 6, (0.5,) * 4), ((2.0,) * 6, (0.5, 1.0, 2.0, 3.0)))
+    pipeline = PyramidPipeline(
+        randomise(tiny_flow(), 0.05), randomise(tiny_autoencoder(), 0.05).eval(), scaling, eps=2e-3
+    )
+    pipeline.save_pretrained(folder / "model")
+    return folder
+
+
+def test_a_run_directory_and_its_model_directory_load_alike(directory):
+    a, b = PyramidPipeline.from_pretrained(directory), PyramidPipeline.from_pretrained(directory / "model")
+    assert a.checkpoint == b.checkpoint != ""
+    assert a.eps == 2e-3
+    assert a.scaling.std[1] == (0.5, 1.0, 2.0, 3.0)
+
+
+def test_images_latents_and_count_of_evaluations(directory):
+    pipeline = PyramidPipeline.from_pretrained(directory)
+    out = pipeline(num_images=3, seed=1, solver="euler", steps=4, batch_size=2)
+    assert [image.size for image in out.images] == [(32, 32)] * 3
+    assert [tuple(z.shape) for z in out.latents] == [(3, 6, 2, 2), (3, 4, 4, 4)]
+    assert out.nfe == 4
+    # Latents are raw: decoding them gives the images.
+    with torch.no_grad():
+        decoded = pipeline.autoencoder.decode(out.latents)
+    pixels = decoded.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    for image, expected in zip(out.images, pixels, strict=True):
+        assert np.abs(np.asarray(image).astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_the_solvers_result_is_unscaled(directory):
+    pipeline = PyramidPipeline.from_pretrained(directory)
+    noise = pyramid_noise(pipeline.flow.shapes, 5, "sample", [0])
+    scaled = pipeline.solve(noise, SolverOptions("euler", steps=3)).latents
+    raw = pipeline(1, seed=5, solver="euler", steps=3).latents
+    torch.testing.assert_close(raw[0], scaled[0] * 2)
+    torch.testing.assert_close(raw[1][:, 3], scaled[1][:, 3] * 3 + 0.5)
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk45"])
+def test_image_k_of_a_seed_does_not_depend_on_the_batch(directory, solver):
+    pipeline = PyramidPipeline.from_pretrained(directory)
+    together = pipeline(4, seed=3, solver=solver, steps=10, batch_size=4)
+    apart = pipeline(4, seed=3, solver=solver, steps=10, batch_size=1)
+    third = pipeline(1, seed=3, first_index=2, solver=solver, steps=10)
+    for a, b in zip(together.images, apart.images, strict=True):
+        assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
+    assert np.abs(np.asarray(together.images[2]).astype(int) - np.asarray(third.images[0]).astype(int)).max() <= 1
+    assert not np.array_equal(together.images[0], together.images[1])
+
+
+def test_the_folder_says_how_each_picture_was_made(directory, tmp_path):
+    paths = sample_to_folder(
+        directory, tmp_path, [0, 1, 2], 7, SolverOptions("euler", steps=5), batch_size=2,
+        device=torch.device("cpu"), bf16=False,
+    )  # fmt: skip
+    assert [path.name for path in paths] == [f"seed0007-{k:06d}.png" for k in range(3)]
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    checkpoint = PyramidPipeline.from_pretrained(directory).checkpoint
+    for k, (path, line) in enumerate(zip(paths, lines, strict=True)):
+        record = {"seed": 7, "index": k, "solver": "euler", "nfe": 5, "checkpoint": checkpoint}
+        assert json.loads(Image.open(path).text["pyramid_ldm"]) == record
+        assert {key: line[key] for key in record} == record
+        assert line["file"] == path.name
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_what_is_missing_or_foreign_is_named(directory, tmp_path):
+    with pytest.raises(UserError, match="no such directory"):
+        PyramidPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no model.*train-flow"):
+        PyramidPipeline.from_pretrained(tmp_path)
+    import shutil
+
+    shutil.copytree(directory / "model", tmp_path / "model")
+    weights = tmp_path / "model/flow/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors: does not hold"):
+        PyramidPipeline.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="rk45 or euler"):
+        PyramidPipeline.from_pretrained(directory)(1, solver="heun")
+
+
+def test_sampling_keeps_no_graph(directory):
+    out = PyramidPipeline.from_pretrained(directory)(1, solver="euler", steps=2)
+    assert not any(level.requires_grad for level in out.latents)
