@@ -6,7 +6,7 @@ from PIL import Image
 
 from pyramid_ldm.evaluation.demo import bicubic_psnr, nearest_neighbours
 from pyramid_ldm.evaluation.figures import comparison_grid, grid, latent_contributions, latents_sheet
-from pyramid_ldm.evaluation.metrics import psnr, ssim
+from pyramid_ldm.evaluation.metrics import local_lipschitz, psnr, ssim
 
 
 def test_psnr_by_hand():
@@ -66,3 +66,9 @@ def test_nearest_neighbour_by_hand():
     index, distance = nearest_neighbours(torch.full((1, 3, 2, 2), 0.9), candidates)
     assert index.tolist() == [1]
     assert distance.item() == pytest.approx(0.1 * 127.5, rel=1e-5)
+
+
+def test_local_lipschitz_of_a_linear_map():
+    images = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(local_lipschitz(lambda x: (3 * x,), images), torch.full((2,), 3.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(local_lipschitz(lambda x: (x, x), images), torch.full((2,), 2**0.5), atol=1e-3, rtol=0)

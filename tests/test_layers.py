@@ -35,6 +35,20 @@ def test_spectral_norm_bounds_the_largest_singular_value():
     assert float(torch.linalg.matrix_norm(normalised, 2)) == pytest.approx(1, abs=1e-3)
 
 
+def test_one_iteration_a_step_keeps_the_bound_while_training():
+    """MISSION P14: after optimizer steps, the true largest singular value is at most 1.01."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(conv2d(3, 16, spectral_norm=True), nn.SiLU(), conv2d(16, 8, spectral_norm=True))
+    optimizer = torch.optim.Adam(layers.parameters(), 1e-3)
+    for _ in range(50):
+        optimizer.zero_grad()
+        (layers(torch.randn(4, 3, 8, 8)) - 1).square().mean().backward()
+        optimizer.step()
+        advance_spectral_norm(layers)
+    for layer, norm in spectral_layers(layers):
+        assert float(torch.linalg.matrix_norm(norm(layer.weight).detach().flatten(1), 2)) < 1.01
+
+
 def test_forward_does_not_move_the_vectors_and_one_call_does():
     layer = conv2d(4, 8, spectral_norm=True).train()
     randomise(layer, 0.3)

@@ -1,8 +1,12 @@
-"""How near two images are."""
+"""How near two images are, and how far an encoder carries a small change."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pyramid_ldm.pyramid import Pyramid, flatten
 
 
 def psnr(image: Tensor, target: Tensor) -> Tensor:
@@ -32,3 +36,14 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
     return similarity.flatten(1).mean(dim=1)
+
+
+def local_lipschitz(encode: Callable[[Tensor], Pyramid], images: Tensor, size: float = 1e-2) -> Tensor:
+    """||E(x + d) - E(x)|| / ||d|| for one random d of RMS `size` an image, (B,).
+
+    PDM (section 3.3) says that spectral norm keeps this below 1. It need not: residual sums and attention are not
+    1-Lipschitz, and a convolution's norm is not its reshaped matrix's. So it is measured.
+    """
+    change = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device) * size
+    moved = flatten(encode(images + change)) - flatten(encode(images))
+    return moved.float().norm(dim=1) / change.flatten(1).norm(dim=1)

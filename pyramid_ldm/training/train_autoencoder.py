@@ -16,7 +16,7 @@ from pyramid_ldm.data.images import find_images, folder_fingerprint, split_held_
 from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images, load_held_out
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import comparison_grid
-from pyramid_ldm.evaluation.metrics import psnr
+from pyramid_ldm.evaluation.metrics import local_lipschitz, psnr
 from pyramid_ldm.files import replace_directory
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pyramid import level_shapes, pyramid_noise
@@ -229,7 +229,10 @@ def examine(
         lpips = float("nan") if state.loss.perceptual is None else float(state.loss.perceptual(decoded, image))
         values.append((float(psnr(decoded, image)), lpips))
     mean_psnr, mean_lpips = torch.tensor(values).mean(dim=0).tolist()
-    found = {"held_out_psnr": mean_psnr} | ({} if state.loss.perceptual is None else {"held_out_lpips": mean_lpips})
+    ratio = local_lipschitz(lambda x: averaged.encode(x).mode(), images[:1])
+    found = {"held_out_psnr": mean_psnr, "local_lipschitz": float(ratio)} | (
+        {} if state.loss.perceptual is None else {"held_out_lpips": mean_lpips}
+    )
     log.metrics(state.images_seen, found)
     log.say("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
     log.picture("reconstructions", state.images_seen, comparison_grid(images.cpu(), torch.cat(shown).cpu()))
