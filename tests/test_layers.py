@@ -39,8 +39,8 @@ def test_one_iteration_a_step_keeps_the_bound_while_training():
     """MISSION P14: after optimizer steps, the true largest singular value is at most 1.01."""
     torch.manual_seed(0)
     layers = nn.Sequential(conv2d(3, 16, spectral_norm=True), nn.SiLU(), conv2d(16, 8, spectral_norm=True))
-    optimizer = torch.optim.Adam(layers.parameters(), 1e-3)
-    for _ in range(50):
+    optimizer = torch.optim.Adam(layers.parameters(), 1e-4)  # the rate of the 2K configs
+    for _ in range(100):
         optimizer.zero_grad()
         (layers(torch.randn(4, 3, 8, 8)) - 1).square().mean().backward()
         optimizer.step()

@@ -230,9 +230,9 @@ def examine(
         values.append((float(psnr(decoded, image)), lpips))
     mean_psnr, mean_lpips = torch.tensor(values).mean(dim=0).tolist()
     ratio = local_lipschitz(lambda x: averaged.encode(x).mode(), images[:1])
-    found = {"held_out_psnr": mean_psnr, "local_lipschitz": float(ratio)} | (
-        {} if state.loss.perceptual is None else {"held_out_lpips": mean_lpips}
-    )
+    found = {"held_out_psnr": mean_psnr, "local_lipschitz": float(ratio)}
+    if state.loss.perceptual is not None:
+        found["held_out_lpips"] = mean_lpips
     log.metrics(state.images_seen, found)
     log.say("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
     log.picture("reconstructions", state.images_seen, comparison_grid(images.cpu(), torch.cat(shown).cpu()))
