@@ -1,26 +1,21 @@
 """Halving and doubling resolution."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TAPS = (1.0, 3.0, 3.0, 1.0)
-
-
-def _fir_kernel(x: Tensor, gain: float) -> Tensor:
-    taps = torch.tensor(_TAPS, device=x.device, dtype=x.dtype)
-    kernel = torch.outer(taps, taps) * (gain / taps.sum().square())
-    return kernel.expand(x.shape[1], 1, 4, 4)
-
 
 def fir_down(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H/2, W/2), filtered with [1, 3, 3, 1] (NCSN++). Zero padding: dims small images."""
-    return F.conv2d(x, _fir_kernel(x, 1.0), stride=2, padding=1, groups=x.shape[1])
+    """(B, C, H, W) -> (B, C, H/2, W/2), filtered with [1, 3, 3, 1] (NCSN++). Zero padding: dims small images.
+
+    [1, 3, 3, 1] is [1, 1] convolved with itself twice, so three box filters do it, several times faster than a grouped
+    convolution.
+    """
+    return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(x, 2, stride=1, padding=1), 2, stride=1), 2)
 
 
 def fir_up(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, 2H, 2W), filtered with [1, 3, 3, 1] (NCSN++)."""
-    return F.conv_transpose2d(x, _fir_kernel(x, 4.0), stride=2, padding=1, groups=x.shape[1])
+    """(B, C, H, W) -> (B, C, 2H, 2W), filtered with [1, 3, 3, 1] (NCSN++): bilinear, with zeros beyond the border."""
+    return bilinear_up(F.pad(x, (1, 1, 1, 1)))[..., 2:-2, 2:-2]
 
 
 def box_down(x: Tensor) -> Tensor:
