@@ -13,7 +13,9 @@ from pyramid_ldm.errors import UserError
 
 def fsync_path(path: Path) -> None:
     """Flushes a file or a directory entry to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such thing
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -162,6 +162,31 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(plain[name], recomputed[name], atol=1e-7, rtol=1e-5)
 
 
+def test_the_last_layers_gradient_recomputes_no_checkpointed_level():
+    """The adaptive GAN weight asks for it twice a step; recomputing the finest level each time would cost gigabytes."""
+    autoencoder = tiny_autoencoder(checkpoint_factors=[1]).train()
+    passes = []
+    autoencoder.decoder.levels[-1].blocks[0].register_forward_hook(lambda *_: passes.append(1))
+    image = autoencoder(torch.rand(1, 3, 32, 32)).reconstruction
+    for _ in range(2):
+        torch.autograd.grad(image, autoencoder.decoder.last_weight, torch.ones_like(image), retain_graph=True)
+    assert len(passes) == 1
+    image.sum().backward()
+    assert len(passes) == 2
+
+
+def test_moments_and_codes_are_float32_under_autocast():
+    image = torch.rand(1, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moments = tiny_autoencoder().encoder(image)
+        assert {m.dtype for m in moments} == {torch.float32}
+    vq = tiny_autoencoder(latent="vq", codebook_size=64)
+    latents = tuple(torch.randn(4, c, s, s) * 0.01 for c, s in ((6, 2), (4, 4)))
+    plain = vq.quantize(latents)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(vq.quantize(latents)[0], plain, strict=True))
+
+
 def test_kl_equals_torch_distributions():
     moments = (torch.randn(2, 8, 1, 1), torch.randn(2, 4, 3, 5))
     posterior = DiagonalGaussian.from_moments(moments, has_variance=True)
@@ -183,10 +208,10 @@ def test_posterior_samples_have_its_mean_and_spread_and_clamp():
     assert wild.log_variance[0].item() == 20
 
 
-def test_vq_is_straight_through_and_reports_usage():
+def test_vq_is_straight_through_and_reports_perplexity():
     autoencoder = tiny_autoencoder(latent="vq", codebook_size=8)
     latents = tuple(torch.randn(2, c, s, s, requires_grad=True) for c, s in ((6, 2), (4, 4)))
-    quantized, loss, usage = autoencoder.quantize(latents)
+    quantized, loss, perplexity = autoencoder.quantize(latents)
     for z, q, quantizer in zip(latents, quantized, autoencoder.quantizers, strict=True):
         rows = q.movedim(1, -1).reshape(-1, q.shape[1])
         assert torch.cdist(rows, quantizer.embedding.weight).min(dim=1).values.max() < 1e-3
@@ -196,7 +221,9 @@ def test_vq_is_straight_through_and_reports_usage():
     gradient = torch.autograd.grad(loss, latents[0])[0]
     expected = 0.25 * 2 * (latents[0] - quantized[0]) / latents[0].numel() / 2
     torch.testing.assert_close(gradient, expected.detach())
-    assert 0 < usage <= 1
+    assert 1 < perplexity <= 8
+    same = tuple(torch.zeros(2, c, s, s) for c, s in ((6, 2), (4, 4)))
+    assert autoencoder.quantize(same)[2].item() == pytest.approx(1), "one entry in use"
 
 
 def test_wrong_sizes_are_refused():

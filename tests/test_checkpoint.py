@@ -46,7 +46,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
     optimizer.step()
     saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "images_seen": 12, "note": None}
     path = save_checkpoint(tmp_path, 12, saved)
-    assert path == tmp_path / "checkpoints" / "0000000012"
+    assert path == tmp_path / "checkpoints" / "00000012"
     assert json.loads((path / "manifest.json").read_text())["images_seen"] == 12
     loaded, skipped = load_newest(tmp_path)
     assert skipped == []
@@ -73,7 +73,7 @@ def test_saving_a_count_again_replaces_it(tmp_path):
     fill(tmp_path, 5)
     save_checkpoint(tmp_path, 5, state(6))
     assert load_newest(tmp_path)[0]["images_seen"] == 6
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["0000000005"]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000005"]
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_newest_falls_back_to_the_one_before_and_says_so(tmp_path, kind):
     fill(tmp_path, 10, 20, 30)
-    damage(tmp_path / "checkpoints" / "0000000030", kind)
+    damage(tmp_path / "checkpoints" / "00000030", kind)
     loaded, skipped = load_newest(tmp_path)
     assert loaded["images_seen"] == 20
-    where = tmp_path / "checkpoints" / "0000000030"
+    where = tmp_path / "checkpoints" / "00000030"
     assert skipped == [f"{where}: {KINDS[kind]}; falling back to the checkpoint before it"]
 
 
@@ -126,14 +126,14 @@ def test_no_whole_checkpoint_is_an_error_not_a_fresh_start(tmp_path, kind):
     fill(tmp_path, 10, 20)
     for path in checkpoint_directories(tmp_path):
         damage(path, kind)
-    with pytest.raises(UserError, match=rf"no checkpoint is whole \(.*0000000020: {KINDS[kind]}\)") as caught:
+    with pytest.raises(UserError, match=rf"no checkpoint is whole \(.*00000020: {KINDS[kind]}\)") as caught:
         load_newest(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_another_format_is_refused_rather_than_passed_over(tmp_path):
     fill(tmp_path, 10, 20)
-    manifest = tmp_path / "checkpoints" / "0000000020" / "manifest.json"
+    manifest = tmp_path / "checkpoints" / "00000020" / "manifest.json"
     write_json(manifest, json.loads(manifest.read_text()) | {"format": 7})
     with pytest.raises(UserError, match="checkpoint format 7, this version reads 1"):
         load_newest(tmp_path)
@@ -141,7 +141,7 @@ def test_another_format_is_refused_rather_than_passed_over(tmp_path):
 
 def test_leftovers_of_a_killed_save_are_ignored(tmp_path):
     fill(tmp_path, 10)
-    leftover = tmp_path / "checkpoints" / ".0000000020.tmp"
+    leftover = tmp_path / "checkpoints" / ".00000020.tmp"
     leftover.mkdir()
     (leftover / "state.pt").write_bytes(b"half")
     assert load_newest(tmp_path)[0]["images_seen"] == 10

@@ -42,6 +42,13 @@ def pixel_values(image):
     return np.asarray(image).astype(int)
 
 
+def test_hidden_files_are_not_photographs(tmp_path):
+    """macOS leaves ._NAME.jpg beside every photograph it copies."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "._a.png").write_bytes(b"resource fork")
+    assert [file.path for file in find_images(tmp_path)] == [str(tmp_path / "a.png")]
+
+
 def test_find_images_looks_into_folders_and_sorts_by_path(tmp_path):
     for name in ("b/z.PNG", "a/deep/er/x.jpeg", "c.webp", "b/a.tif"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

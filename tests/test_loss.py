@@ -129,7 +129,7 @@ def test_accumulating_four_equals_a_batch_of_four(perceptual):
 
     (whole, weight), (accumulated, weight_too) = run(1), run(4)
     assert weight > 0
-    assert weight == pytest.approx(weight_too, rel=1e-4)
+    assert weight == pytest.approx(weight_too, rel=1e-3)
     for name in whole:
         torch.testing.assert_close(whole[name], accumulated[name], atol=1e-5, rtol=1e-4)
 

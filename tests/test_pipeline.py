@@ -8,7 +8,7 @@ from PIL import Image
 
 from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.evaluation.sampling import sample_to_folder
+from pyramid_ldm.evaluation.sampling import finish_folder, sample_to_folder
 from pyramid_ldm.pipeline import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
 
@@ -71,6 +71,7 @@ def test_the_folder_says_how_each_picture_was_made(directory, tmp_path):
         directory, tmp_path, [0, 1, 2], 7, SolverOptions("euler", steps=5), batch_size=2,
         device=torch.device("cpu"), bf16=False,
     )  # fmt: skip
+    finish_folder(tmp_path, 7, [0, 1, 2])
     assert [path.name for path in paths] == [f"seed0007-{k:06d}.png" for k in range(3)]
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     checkpoint = PyramidPipeline.from_pretrained(directory).checkpoint

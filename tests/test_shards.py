@@ -1,7 +1,11 @@
 import dataclasses
 import functools
 import json
+import pickle
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.data.images import find_images, split_held_out
 from pyramid_ldm.data.order import item_at
 from pyramid_ldm.data.photographs import load_crop
-from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents, split_record
+from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents, split_record, write_shard
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.pyramid import LatentScaling
 from pyramid_ldm.randomness import generator, uniform
@@ -264,16 +268,29 @@ def test_the_batch_size_does_not_make_another_cache(finished, autoencoder_direct
     torch.testing.assert_close(all_records(out), all_records(finished), rtol=1e-5, atol=1e-6)
 
 
-def test_two_processes_share_the_shards(finished, autoencoder_directory, photographs, tmp_path):
-    class Alone(Runtime):
-        def barrier(self):
-            """The other process has come and gone."""
+def test_two_processes_share_the_shards(finished, autoencoder_directory, photographs, tmp_path, monkeypatch):
+    """Two threads with a barrier stand for them: each shard is written by one of the two, and all are there."""
+    meeting, out, writers = threading.Barrier(2, timeout=60), tmp_path / "shared", {}
 
-    out = tmp_path / "shared"
-    encode(autoencoder_directory, photographs, out, OPTIONS, Alone(torch.device("cpu"), False, 1, 2))
-    assert [path.name for path in sorted(out.glob("*.safetensors"))] == ["00001.safetensors", "00003.safetensors"]
-    assert not (out / "index.json").exists()
-    encode(autoencoder_directory, photographs, out, OPTIONS, Alone(torch.device("cpu"), False, 0, 2))
+    class Side(Runtime):
+        def barrier(self):
+            meeting.wait()
+
+    def record(directory, number, *rest):
+        writers.setdefault(number, []).append(threading.get_ident())
+        write_shard(directory, number, *rest)
+
+    monkeypatch.setattr("pyramid_ldm.training.encode.write_shard", record)
+
+    def work(rank):
+        encode(autoencoder_directory, photographs, out, OPTIONS, Side(torch.device("cpu"), False, rank, 2))
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(work, rank) for rank in (0, 1)]:
+            done.result()
+    assert sorted(writers) == [0, 1, 2, 3]
+    assert all(len(who) == 1 for who in writers.values())
+    assert len({who[0] for who in writers.values()}) == 2
     for path in finished.glob("*.*"):
         assert path.read_bytes() == (out / path.name).read_bytes(), path.name
 
@@ -404,3 +421,36 @@ def test_without_shuffling_rows_come_in_order(finished):
     dataset = LatentRecords(cache, rows, seed=0, posterior="mode", shuffle=False)
     for position in range(len(rows) + 1):
         assert torch.equal(dataset[position][0], cache.read(rows[position % len(rows)])[:WIDTH])
+
+
+def test_a_pickled_cache_holds_paths_not_records(finished):
+    """What a loader's worker gets where processes are spawned, not forked."""
+    cache = LatentCache(finished)
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.shards == [None] * len(cache.shards)
+    assert torch.equal(copy.read(3), cache.read(3))
+
+
+def test_the_autoencoder_beside_the_shards_is_the_one_that_made_them(autoencoder_directory, photographs, tmp_path):
+    """Another encode was interrupted before its first shard: its autoencoder must not stay."""
+    from pyramid_ldm.training.train_flow import load_autoencoder
+
+    other = lively_autoencoder()
+    with torch.no_grad():
+        other.encoder.stem.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "out" / "autoencoder")
+    encode(autoencoder_directory, photographs, tmp_path / "out", OPTIONS, CPU)
+    cache = LatentCache(tmp_path / "out")
+    assert load_autoencoder(cache).fingerprint() == cache.plan.autoencoder
+    other.save_pretrained(tmp_path / "out" / "autoencoder")
+    with pytest.raises(UserError, match="is not the autoencoder that made these shards"):
+        load_autoencoder(cache)
+
+
+def test_a_shard_without_a_readable_image_is_empty_and_the_rest_is_used(autoencoder_directory, photographs, tmp_path):
+    shutil.copytree(photographs, tmp_path / "photos")
+    options = dataclasses.replace(OPTIONS, shard_size=1, flip=False)
+    broken = split_held_out(find_images(tmp_path / "photos"), OPTIONS.validation)[0][0].path
+    Path(broken).write_bytes(Path(broken).read_bytes()[:300])
+    out = encode(autoencoder_directory, tmp_path / "photos", tmp_path / "out", options, CPU)
+    assert len(LatentCache(out).rows) == 11

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyramid_ldm.data.images import find_images, split_held_out
 from pyramid_ldm.training.checkpoint import checkpoint_directories
 
 AE_CONFIG = """
@@ -117,11 +118,11 @@ def test_a_run_directory_holds_what_it_promises(home):
     for name in ("ae", "flow"):
         files = {str(p.relative_to(home / name)) for p in (home / name).rglob("*") if p.is_file()}
         assert {"config.yaml", "provenance.json", "metrics.jsonl"} <= files
-        assert {f"checkpoints/00000000{n}/{f}" for n in (40, 48) for f in ("state.pt", "manifest.json")} <= files
+        assert {f"checkpoints/000000{n}/{f}" for n in (40, 48) for f in ("state.pt", "manifest.json")} <= files
         assert len(checkpoint_directories(home / name)) == 2
         assert any(f.startswith("events.out.tfevents") for f in files)
-    assert (home / "ae/images/reconstructions-0000000048.png").is_file()
-    assert (home / "flow/images/samples-0000000048.png").is_file()
+    assert (home / "ae/images/reconstructions-00000048.png").is_file()
+    assert (home / "flow/images/samples-00000048.png").is_file()
     assert (home / "flow/model/pipeline.json").is_file()
     assert json.loads((home / "ae/provenance.json").read_text())["torch"] == torch.__version__
 
@@ -134,7 +135,7 @@ def test_the_autoencoder_learns(home):
 def test_autoencoder_killed_and_resumed_ends_bit_for_bit_the_same(home, photographs, tmp_path):
     """Past the GAN's start, with dropout, EMA, both optimizers and the adaptive weight."""
     arguments = ("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")
-    kill_after(arguments, (tmp_path / "ae/checkpoints/0000000024").exists)
+    kill_after(arguments, (tmp_path / "ae/checkpoints/00000024").exists)
     resumed = run(*arguments)
     assert "resuming at" in resumed.stderr
     assert_equal(state_of(home / "ae"), state_of(tmp_path / "ae"))
@@ -146,7 +147,7 @@ def test_autoencoder_killed_and_resumed_ends_bit_for_bit_the_same(home, photogra
 
 def test_flow_killed_and_resumed_ends_bit_for_bit_the_same(home, tmp_path):
     arguments = ("train-flow", home / "flow.yaml", f"data.shards={home / 'latents'}", f"run_dir={tmp_path / 'flow'}")
-    kill_after(arguments, (tmp_path / "flow/checkpoints/0000000024").exists)
+    kill_after(arguments, (tmp_path / "flow/checkpoints/00000024").exists)
     run(*arguments)
     assert_equal(state_of(home / "flow"), state_of(tmp_path / "flow"))
     assert logged(home / "flow", "loss") == logged(tmp_path / "flow", "loss")
@@ -213,28 +214,47 @@ def test_a_damaged_newest_checkpoint_falls_back(home, photographs, tmp_path):
     assert_equal(state_of(home / "ae"), state_of(tmp_path / "ae"))
 
 
-def test_one_corrupt_file_is_named_and_skipped_many_stop_the_run(home, photographs, tmp_path):
+def test_one_corrupt_file_is_named_once_and_skipped_many_stop_the_run(home, photographs, tmp_path):
     import shutil
 
     shutil.copytree(photographs, tmp_path / "photos")
     files = sorted((tmp_path / "photos").iterdir())
     files[3].write_bytes(files[3].read_bytes()[:300])
-    settings = ("train.images=16", "checkpoint.every=16", "data.workers=1", "data.max_bad_fraction=0.5")
-    done = run(
-        "train-ae", home / "ae.yaml", f"data.root={tmp_path / 'photos'}", f"run_dir={tmp_path / 'ae'}", *settings
-    )
-    assert f"skipped {files[3]}" in done.stderr
+    # Six epochs: the file is met again and again, and stays one file.
+    settings = ("train.images=64", "checkpoint.every=64", "log.pictures_every=1000", "data.workers=1")
+    data = f"data.root={tmp_path / 'photos'}"
+    done = run("train-ae", home / "ae.yaml", data, f"run_dir={tmp_path / 'ae'}", *settings)
+    assert done.stderr.count(f"skipped {files[3]}") == 1
+    for file in [Path(file.path) for file in split_held_out(find_images(tmp_path / "photos"), 0.1)[0][:5]]:
+        file.write_bytes(file.read_bytes()[:300])
+    failed = run("train-ae", home / "ae.yaml", data, f"run_dir={tmp_path / 'ae2'}", *settings, code=2)
+    assert "images cannot be read, more than data.max_bad_fraction=0.01" in failed.stderr.strip().splitlines()[-1]
     for file in files:
         file.write_bytes(file.read_bytes()[:300])
-    failed = run(
-        "train-ae",
-        home / "ae.yaml",
-        f"data.root={tmp_path / 'photos'}",
-        f"run_dir={tmp_path / 'ae2'}",
-        *settings,
-        code=2,
-    )
+    failed = run("train-ae", home / "ae.yaml", data, f"run_dir={tmp_path / 'ae3'}", *settings, code=2)
     assert failed.stderr.strip().splitlines()[-1].startswith("pyramid-ldm: none of the")
+
+
+def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path):
+    """12 images, then to 24; and on to 27, which is not a whole number of steps."""
+    settings = (
+        "model.latent=vq",
+        "model.codebook_size=16",
+        "data.crop=random",
+        "data.zoom=1.5",
+        "data.workers=2",
+        "loss.gan.weight=0",
+        "log.pictures_every=1000",
+        "train.decay=constant",
+        f"data.root={photographs}",
+    )
+    for name in ("whole", "parts"):
+        for images in (24,) if name == "whole" else (12, 24):
+            run("train-ae", home / "ae.yaml", *settings, f"train.images={images}", f"run_dir={tmp_path / name}")
+    assert_equal(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert logged(tmp_path / "whole", "codebook_perplexity") == logged(tmp_path / "parts", "codebook_perplexity")
+    run("train-ae", home / "ae.yaml", *settings, "train.images=27", f"run_dir={tmp_path / 'whole'}")
+    assert state_of(tmp_path / "whole")["images_seen"] == 28
 
 
 def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, photographs, tmp_path):

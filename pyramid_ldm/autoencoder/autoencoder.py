@@ -12,6 +12,7 @@ from pyramid_ldm.autoencoder.decoder import PyramidDecoder
 from pyramid_ldm.autoencoder.encoder import PyramidEncoder
 from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
 from pyramid_ldm.config.autoencoder import AutoencoderConfig
+from pyramid_ldm.nn.layers import full_precision
 from pyramid_ldm.pyramid import LatentLevel, Pyramid, compression_ratio
 from pyramid_ldm.serialization import load_model, resolve_model_directory, save_model
 
@@ -23,7 +24,7 @@ class AutoencoderOutput:
     reconstruction: Tensor  # (B, 3, H, W)
     posterior: DiagonalGaussian
     codebook_loss: Tensor  # scalar, mean over levels
-    codebook_usage: Tensor  # share of codebook entries that this batch used, scalar
+    codebook_perplexity: Tensor  # exp of the entropy of the entries this batch used, mean over levels; scalar
 
 
 class PyramidAutoencoder(nn.Module):
@@ -83,14 +84,16 @@ class PyramidAutoencoder(nn.Module):
         return DiagonalGaussian.from_moments(self.encoder(image), has_variance=self.config.latent == "kl")
 
     def quantize(self, latents: Pyramid) -> tuple[Pyramid, Tensor, Tensor]:
-        """Nearest codebook entries (straight-through gradient), loss, and share of entries used. VQ only."""
+        """Nearest codebook entries (straight-through gradient), loss, and perplexity. VQ only."""
         quantized, losses, used = [], [], []
         for level, quantizer in zip(latents, self.quantizers, strict=True):
-            nearest, loss, (_, _, indices) = quantizer(level.float())
+            with full_precision(level.device):  # bfloat16 would choose other entries
+                nearest, loss, (_, _, indices) = quantizer(level.float())
             quantized.append(nearest)
             losses.append(loss)
-            used.append(len(torch.unique(indices)) / self.config.codebook_size)
-        return tuple(quantized), torch.stack(losses).mean(), losses[0].new_tensor(sum(used) / len(used))
+            shares = torch.bincount(indices.flatten(), minlength=self.config.codebook_size) / indices.numel()
+            used.append(torch.exp(torch.special.entr(shares).sum()))
+        return tuple(quantized), torch.stack(losses).mean(), torch.stack(used).mean()
 
     def decode(self, latents: Pyramid) -> Tensor:
         """Latents to an image (B, 3, H, W), in [-1, 1] up to overshoot; VQ latents are quantised first."""
@@ -103,11 +106,11 @@ class PyramidAutoencoder(nn.Module):
         """A training pass: encode, sample with `noise` (fresh if None) or quantise, decode."""
         posterior = self.encode(image)
         if self.quantizers:
-            latents, loss, usage = self.quantize(posterior.mode())
+            latents, loss, perplexity = self.quantize(posterior.mode())
         else:
             latents = posterior.sample(noise)
-            loss = usage = latents[0].new_zeros(())
-        return AutoencoderOutput(self.decoder(latents).float(), posterior, loss, usage)
+            loss = perplexity = latents[0].new_zeros(())
+        return AutoencoderOutput(self.decoder(latents).float(), posterior, loss, perplexity)
 
     def compression_ratio(self) -> float:
         """Image values per latent value: 256.0 means 1:256."""

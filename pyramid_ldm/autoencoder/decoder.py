@@ -1,6 +1,7 @@
 """The heavy half: latent pyramid to image (PDM section 3.3, figure 5 right)."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,9 @@ class TransformerBranch(nn.Module):
 class ToRGB(nn.Module):
     """Features to an addition to the RGB stream: norm, SiLU, 1x1 convolution (the output skip).
 
-    The last step and the stream are float32: bfloat16 has eight bits of mantissa, which would band a clear sky.
+    `features` runs inside a level, `forward` outside, so that asking for the gradient of the last convolution alone
+    recomputes no checkpointed level. The convolution and the stream are float32: bfloat16 has eight bits of mantissa,
+    which would band a clear sky.
     """
 
     def __init__(self, width: int) -> None:
@@ -65,9 +68,12 @@ class ToRGB(nn.Module):
         with torch.no_grad():
             self.conv.weight.mul_(0.1)  # RGB is summed over every resolution: start near grey, not with 1.5 of noise
 
-    def forward(self, h: Tensor) -> Tensor:
-        features = F.silu(self.norm(h))
-        with full_precision(h.device):
+    def features(self, h: Tensor) -> Tensor:
+        """What the convolution sees."""
+        return F.silu(self.norm(h))
+
+    def forward(self, features: Tensor) -> Tensor:
+        with full_precision(features.device):
             result: Tensor = self.conv(features.to(self.conv.weight.dtype))
         return result
 
@@ -101,14 +107,14 @@ class DecoderLevel(nn.Module):
         self.up = Resampling(width, next_width, nearest_up, residual=residual) if next_width else None
 
     def forward(self, h: Tensor | None, latent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(features or None, this level's latent or None) -> (features one resolution up, RGB addition or None)."""
+        """(features or None, this level's latent or None) -> (features one resolution up, features of RGB or None)."""
         if self.branch is not None:
             entering = self.branch(latent)
             h = entering if h is None else h + entering
         assert h is not None, "the coarsest level always has a latent"
         for block in self.blocks:
             h = block(h)
-        rgb = None if self.to_rgb is None else self.to_rgb(h)
+        rgb = None if self.to_rgb is None else self.to_rgb.features(h)
         return h if self.up is None else self.up(h), rgb
 
 
@@ -201,15 +207,16 @@ class PyramidDecoder(nn.Module):
         waiting = list(latents)
         h: Tensor | None = None
         rgb: Tensor | None = None
-        for factor, level in zip(self.factors, self.levels, strict=True):
+        for factor, level in zip(self.factors, cast("list[DecoderLevel]", self.levels), strict=True):
             latent = waiting.pop(0) if factor in self.latent_factors else None
             if factor in self.checkpoint_factors and torch.is_grad_enabled():
-                h, addition = checkpoint(level, h, latent, use_reentrant=False)
+                h, features = checkpoint(level, h, latent, use_reentrant=False)
             else:
-                h, addition = level(h, latent)
+                h, features = level(h, latent)
             if rgb is not None:
                 rgb = bilinear_up(rgb)  # nearest would make every finer level learn to undo blocks
-            if addition is not None:
+            if features is not None and level.to_rgb is not None:
+                addition = level.to_rgb(features)
                 rgb = addition if rgb is None else rgb + addition
         assert rgb is not None
         return rgb

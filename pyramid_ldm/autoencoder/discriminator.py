@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyramid_ldm.nn.layers import group_norm
+
 
 class PatchDiscriminator(nn.Module):
     """Real-or-fake logits for overlapping patches: (B, 3, H, W) in [-1, 1] -> (B, 1, about H/8, about W/8).
@@ -20,7 +22,7 @@ class PatchDiscriminator(nn.Module):
         self.network = NLayerDiscriminator(input_nc=3, ndf=channels, n_layers=layers)
         self.network.apply(weights_init)  # N(0, 0.02) for every convolution
         for parent, name, norm in list(_batch_norms(self.network)):
-            setattr(parent, name, nn.GroupNorm(min(32, norm.num_features // 4), norm.num_features))
+            setattr(parent, name, group_norm(norm.num_features))
 
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = self.network(image)

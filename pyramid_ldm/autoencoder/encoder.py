@@ -8,23 +8,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import PixelNorm, conv2d
+from pyramid_ldm.nn.layers import PixelNorm, conv2d, full_precision
 from pyramid_ldm.nn.resample import box_down, max_down
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
 
+INITIAL_LOG_VARIANCE = -6.0
+
 
 class LatentHead(nn.Module):
-    """Features to a latent's moments; exempt from spectral norm, which would bound the latent's scale."""
+    """Features to a latent's moments; exempt from spectral norm, which would bound the latent's scale.
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    The convolution is float32: its output is what gets cached, and bfloat16's rounding can exceed a posterior's
+    standard deviation. Log-variances start at -6: at 0, noise as large as the latents would hide them for long.
+    """
+
+    def __init__(self, inputs: int, channels: int, moments: int) -> None:
         super().__init__()
         self.norm = PixelNorm(inputs)
-        self.conv = conv2d(inputs, outputs, 1)
+        self.conv = conv2d(inputs, moments * channels, 1)
+        if moments == 2:
+            assert self.conv.bias is not None
+            nn.init.constant_(self.conv.bias[channels:], INITIAL_LOG_VARIANCE)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.conv(F.silu(self.norm(x)))
-        return result
+        features = F.silu(self.norm(x))
+        with full_precision(x.device):
+            moments: Tensor = self.conv(features.to(self.conv.weight.dtype))
+        return moments
 
 
 class EncoderLevel(nn.Module):
@@ -40,6 +51,7 @@ class EncoderLevel(nn.Module):
         spectral_norm: bool,
         image_enters: bool,
         latent_channels: int,
+        moments: int,
         next_width: int | None,
         residual: bool,
         pooling: str,
@@ -52,7 +64,7 @@ class EncoderLevel(nn.Module):
             self.blocks.append(
                 build_attention(attention, width, head_channels=head_channels, spectral_norm=spectral_norm)
             )
-        self.head = LatentHead(width, latent_channels) if latent_channels else None
+        self.head = LatentHead(width, latent_channels, moments) if latent_channels else None
         pool = box_down if pooling == "average" else max_down
         self.down = (
             Resampling(width, next_width, pool, residual=residual, spectral_norm=spectral_norm) if next_width else None
@@ -107,7 +119,8 @@ class PyramidEncoder(nn.Module):
                 head_channels=head_channels,
                 spectral_norm=spectral_norm,
                 image_enters=i > 0 and skip in ("skip", "res_skip"),
-                latent_channels=moments * channels.get(1 << i, 0),
+                latent_channels=channels.get(1 << i, 0),
+                moments=moments,
                 next_width=widths[i + 1] if i + 1 < len(widths) else None,
                 residual=skip in ("residual", "res_skip"),
                 pooling=pooling,

@@ -1,5 +1,7 @@
 """LPIPS with VGG-16 (Zhang et al. 2018), from the lpips package, with a choice of where VGG's weights come from."""
 
+import pickle
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -41,13 +43,18 @@ def _build(weights: str) -> Any:
         if weights == "imagenet":
             try:
                 return lpips.LPIPS(net="vgg", verbose=False)
-            except OSError as error:  # urllib's errors are OSErrors
+            except (OSError, RuntimeError, EOFError) as error:  # urllib's errors are OSErrors
                 raise UserError(
                     f"loss.perceptual.weights=imagenet: torchvision could not load VGG-16 ({error}); give the path of "
                     f"a file with its weights (features.N.weight, features.N.bias), or loss.perceptual.weight=0"
                 ) from None
         network = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     if weights == "random":
+        print(
+            "loss.perceptual.weights=random: LPIPS looks through an untrained VGG-16. This is for tests and timings; "
+            "train with imagenet, or with a file of VGG-16's weights.",
+            file=sys.stderr,
+        )
         return network
     _load_vgg(network, Path(weights))
     return network
@@ -62,8 +69,8 @@ def _load_vgg(network: Any, path: Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"loss.perceptual.weights={path}: cannot be read ({error})") from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"loss.perceptual.weights={path}: cannot be read ({str(error).splitlines()[0]})") from None
     own = dict(network.net.named_parameters())  # sliceK.N.weight, N as in torchvision's features
     for name, parameter in own.items():
         key = "features." + name.split(".", 1)[1]

@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise
     except KeyboardInterrupt:
         return INTERRUPTED
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
+            raise
+        return _complain("out of GPU memory; lower train.batch_size or --batch-size, or set model.checkpoint_factors")
     finally:
         _leave_processes()
     return DONE if finished else INTERRUPTED

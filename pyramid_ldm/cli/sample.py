@@ -28,12 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
-    from pyramid_ldm.evaluation.sampling import sample_to_folder
+    from pyramid_ldm.errors import UserError
+    from pyramid_ldm.evaluation.sampling import finish_folder, sample_to_folder
     from pyramid_ldm.pipeline import SolverOptions
     from pyramid_ldm.training.runtime import start
 
     options = SolverOptions(arguments.solver, arguments.steps, arguments.rtol, arguments.atol, arguments.max_nfe)
-    runtime = start(arguments.device, arguments.precision)
+    if arguments.num < 1 or arguments.batch_size < 1 or arguments.first < 0:
+        raise UserError("--num and --batch-size must be at least 1, --first at least 0")
+    # RK45 chooses its steps by differences of 1e-5: bfloat16's rounding would pass for error and cost evaluations.
+    exact = arguments.solver == "rk45" and arguments.precision == "auto"
+    runtime = start(arguments.device, "fp32" if exact else arguments.precision)
     indices = list(range(arguments.first, arguments.first + arguments.num))
     sample_to_folder(
         arguments.flow,
@@ -46,4 +51,6 @@ def run(arguments: argparse.Namespace) -> bool:
         bf16=runtime.bf16,
     )
     runtime.barrier()
+    if runtime.main:
+        finish_folder(arguments.out, arguments.seed, indices)
     return True

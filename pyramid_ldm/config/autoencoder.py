@@ -86,6 +86,10 @@ class AutoencoderConfig:
 
     def resolve(self, image_size: list[int]) -> None:
         """Checks what depends on the image's size and fixes where attention stands, once and for all."""
+        require(
+            self.image_size in ([], image_size),
+            f"model.image_size is {self.image_size}, but image_size is {image_size}; leave it to the latter",
+        )
         self.image_size = image_size
         check_image_size(image_size)
         check_levels(self.levels, image_size)
@@ -145,6 +149,7 @@ class GanConfig:
     learning_rate: float | None = None  # the autoencoder's, unless given
 
     def __post_init__(self) -> None:
+        require(self.channels >= 4, f"loss.gan.channels is {self.channels}; it must be at least 4")
         require_choice("loss.gan.mode", self.mode, ("adaptive", "constant"))
 
 

@@ -45,6 +45,10 @@ class FlowConfig:
 
     def resolve(self, image_size: list[int], levels: list[LevelConfig]) -> None:
         """Takes over the latents' shape and fixes where attention stands, once and for all."""
+        require(
+            self.image_size in ([], image_size) and self.levels in ([], levels),
+            "model.image_size and model.levels come from the shards; leave them out",
+        )
         self.image_size, self.levels = image_size, levels
         check_levels(levels, image_size)
         finest, coarsest = levels[-1].factor, levels[0].factor

@@ -39,7 +39,9 @@ def find_images(root: Path) -> list[ImageFile]:
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder of photographs")
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = sorted(
+        p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
     if not paths:
         raise UserError(f"{root}: holds no images ({', '.join(sorted(SUFFIXES))})")
     return [ImageFile(str(path), content_digest(path)) for path in paths]

@@ -6,6 +6,7 @@ first shard without one. `index.json` is written last.
 """
 
 import json
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from pyramid_ldm.data.order import item_at
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json, sha256, write_atomic, write_json
 from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, flatten, level_shapes, unflatten
-from pyramid_ldm.randomness import derive_seed, generator, uniform
+from pyramid_ldm.randomness import generator, uniform
 
 FORMAT = 1
 INDEX = "index.json"
@@ -59,6 +60,10 @@ class Plan:
     def latent_levels(self) -> list[LatentLevel]:
         """The levels as objects."""
         return [LatentLevel(factor, channels) for factor, channels in self.levels]
+
+    def record_length(self) -> int:
+        """Values of a row: means and, where there are any, log-variances."""
+        return sum(math.prod(shape) for shape in self.shapes()) * (2 if self.has_variance else 1)
 
     def shapes(self) -> list[tuple[int, int, int]]:
         """(C, H, W) of each level."""
@@ -148,11 +153,20 @@ class _Totals:
         """Per level: std, and mean and std a channel; std^2 = Var(mean) + E[variance]."""
         found = []
         for i, n in enumerate(self.count):
+            if n == 0:
+                raise UserError("not one of the images could be read: there is nothing to encode")
             mean = self.sum[i] / n
             second = (self.square[i] + self.variance[i]) / n  # E[z^2] a channel
             whole = float(np.sqrt(np.maximum(second.mean() - mean.mean() ** 2, 1e-12)))
             channel = np.sqrt(np.maximum(second - mean**2, 1e-12))
-            found.append({"std": whole, "channel_mean": mean.tolist(), "channel_std": channel.tolist()})
+            found.append(
+                {
+                    "std": whole,
+                    "mean": float(mean.mean()),
+                    "channel_mean": mean.tolist(),
+                    "channel_std": channel.tolist(),
+                }
+            )
         return found
 
 
@@ -170,6 +184,8 @@ def map_records(path: Path) -> NDArray[Any]:
         (length,) = struct.unpack("<Q", file.read(8))
         entry = json.loads(file.read(length))["records"]
     dtype = {"F16": np.float16, "F32": np.float32}[entry["dtype"]]
+    if entry["shape"][0] == 0:  # no image of this shard could be read; an empty file cannot be mapped
+        return np.zeros(tuple(entry["shape"]), dtype)
     return np.memmap(path, dtype, "r", offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]))
 
 
@@ -188,7 +204,7 @@ class LatentCache:
         self.directory = directory
         self.plan = Plan(**index["plan"])
         self.statistics: list[dict[str, Any]] = index["statistics"]
-        self.shards: list[NDArray[Any]] = []
+        self.shards: list[NDArray[Any] | None] = []
         self.rows: list[Row] = []
         self.place: list[tuple[int, int]] = []  # row -> (shard, row in it)
         for number, entry in enumerate(index["shards"]):
@@ -203,14 +219,21 @@ class LatentCache:
             self.rows += [Row(*row) for row in sidecar["rows"]]
             self.place += [(number, i) for i in range(entry["count"])]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader's worker that is not forked gets a pickle: of paths, not of the maps' gigabytes.
+        return self.__dict__ | {"shards": [None] * len(self.shards)}
+
     def indices(self, split: str) -> list[int]:
         """Rows of one split."""
         return [i for i, row in enumerate(self.rows) if row.split == split]
 
     def read(self, index: int) -> Tensor:
         """One record, (D,), float32."""
-        shard, row = self.place[index]
-        return torch.from_numpy(self.shards[shard][row].astype(np.float32))
+        number, row = self.place[index]
+        shard = self.shards[number]
+        if shard is None:
+            shard = self.shards[number] = map_records(shard_paths(self.directory, number)[0])
+        return torch.from_numpy(shard[row].astype(np.float32))
 
     def scaling(self, mode: str) -> LatentScaling:
         """unit: each level divided by its std; paper: only levels whose std exceeds 1 (PDM section 4.1); channel:
@@ -269,7 +292,6 @@ __all__ = [
     "Row",
     "check_plan",
     "collate_latents",
-    "derive_seed",
     "has_shard",
     "make_record",
     "write_index",

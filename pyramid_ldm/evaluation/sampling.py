@@ -11,9 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
-from pyramid_ldm.files import write_atomic
+from pyramid_ldm.files import write_atomic, write_text
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
 
 GRID_IMAGES = 64
@@ -30,9 +29,12 @@ def sample_to_folder(
     device: torch.device,
     bf16: bool,
 ) -> list[Path]:
-    """Draws images `indices` of `seed`; returns their paths. Each is on disk as soon as its batch is done."""
+    """Draws images `indices` of `seed`; returns their paths. Each is on disk as soon as its batch is done.
+
+    Several processes may each draw their share (possibly none) into one folder; `finish_folder` then completes it.
+    """
     if not indices:
-        raise UserError("--num must be at least 1")
+        return []
     pipeline = PyramidPipeline.from_pretrained(flow).to(device)
     out.mkdir(parents=True, exist_ok=True)
     solver = f"euler, {options.steps} steps" if options.solver == "euler" else f"rk45, tolerance {options.rtol:g}"
@@ -43,7 +45,6 @@ def sample_to_folder(
         file=sys.stderr,
     )
     paths: list[Path] = []
-    thumbnails: list[Image.Image] = []
     with tqdm(total=len(indices), unit="img", desc="sample", disable=not sys.stderr.isatty()) as bar:
 
         def progress(nfe: int, t: float) -> None:
@@ -59,20 +60,32 @@ def sample_to_folder(
                     "seed": seed, "index": index, "solver": options.solver, "nfe": output.nfe,
                     "checkpoint": pipeline.checkpoint,
                 }  # fmt: skip
-                path = out / f"seed{seed:04d}-{index:06d}.png"
+                path = picture_path(out, seed, index)
                 write_png(image, path, record)
                 append_line(out / "samples.jsonl", {"file": path.name, **record, "seconds": round(seconds, 3)})
                 paths.append(path)
-                if len(thumbnails) < GRID_IMAGES:
-                    thumbnails.append(image)
             bar.update(len(output.images))
+            if bar.disable:
+                print(f"sample: {len(paths)} of {len(indices)}, {seconds:.2f} s an image", file=sys.stderr)
             began = time.monotonic()
-    sheet = grid(thumbnails)
-    write_atomic(out / "grid.png", lambda temporary: sheet.save(temporary, format="PNG"))
-    print(
-        f"done: {len(paths)} images and grid.png in {out}; {output.nfe} evaluations in the last batch", file=sys.stderr
-    )
     return paths
+
+
+def picture_path(out: Path, seed: int, index: int) -> Path:
+    """Where image `index` of `seed` goes."""
+    return out / f"seed{seed:04d}-{index:06d}.png"
+
+
+def finish_folder(out: Path, seed: int, indices: list[int]) -> None:
+    """grid.png of the first 64 of `indices`, and samples.jsonl with one line a picture, the newest."""
+    pictures = [Image.open(picture_path(out, seed, index)) for index in indices[:GRID_IMAGES]]
+    sheet = grid([picture.convert("RGB") for picture in pictures])
+    write_atomic(out / "grid.png", lambda temporary: sheet.save(temporary, format="PNG"))
+    lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    newest = {json.loads(line)["file"]: line for line in lines}
+    write_text(out / "samples.jsonl", "".join(newest[name] + "\n" for name in sorted(newest)))
+    record = json.loads(newest[picture_path(out, seed, indices[-1]).name])
+    print(f"done: {len(indices)} images and grid.png in {out}; {record['nfe']} evaluations", file=sys.stderr)
 
 
 def write_png(image: Image.Image, path: Path, record: dict[str, object]) -> None:

@@ -21,7 +21,6 @@ class FlowLoss:
 
     total: Tensor  # scalar: sum over levels of weight * level loss
     levels: Tensor  # (levels,): mean squared error of each level, unweighted
-    samples: Tensor  # (B,): the weighted sum for each sample; its mean is `total`
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class RectifiedFlow:
                 for z1, z0, v in zip(data, noise, predicted, strict=True)
             ]
         )  # (levels, B)
-        weights = errors.new_tensor(self.level_weights or [1.0] * len(data))
+        weights = [1.0] * len(data) if self.level_weights is None else self.level_weights
         if len(weights) != len(data):
             raise ValueError(f"{len(weights)} level_weights for {len(data)} levels")
-        samples = weights @ errors
-        return FlowLoss(samples.mean(), errors.mean(dim=1).detach(), samples.detach())
+        levels = errors.mean(dim=1)
+        return FlowLoss((levels.new_tensor(weights) * levels).sum(), levels.detach())

@@ -41,7 +41,7 @@ class _Counted:
         if self.nfe >= self.max_nfe:
             raise SamplerError(
                 f"stopped at t = {float(t[0]):.4f} after max_nfe = {self.max_nfe} evaluations; raise --max-nfe, loosen "
-                f"--rtol and --atol, or use --solver euler"
+                f"--rtol and --atol, --precision fp32, or --solver euler"
             )
         self.nfe += 1
         velocity = self.velocity(latents, t)

@@ -1,6 +1,6 @@
 """Training state on disk: atomic, strict, versioned, with fallback to the one before.
 
-`checkpoints/NNNNNNNNNN/` (images seen) holds `state.pt` and `manifest.json` with its size and hash. A checkpoint is
+`checkpoints/NNNNNNNN/` (images seen) holds `state.pt` and `manifest.json` with its size and hash. A checkpoint is
 built under a temporary name and renamed, so one that has its name is whole; the manifest tells whether it still is.
 """
 
@@ -19,12 +19,12 @@ FORMAT = 1
 
 def checkpoint_directories(run: Path) -> list[Path]:
     """Every complete checkpoint, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
+    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir() and p.name.isdigit())
 
 
 def save_checkpoint(run: Path, images_seen: int, state: dict[str, Any]) -> Path:
     """Writes one checkpoint; state holds tensors and plain values only."""
-    target = run / "checkpoints" / f"{images_seen:010d}"
+    target = run / "checkpoints" / f"{images_seen:08d}"
 
     def write(directory: Path) -> None:
         file = directory / "state.pt"
@@ -85,5 +85,5 @@ def prune(run: Path, keep_last: int, keep_every: int, per_step: int = 1) -> None
         images_seen = int(directory.name)
         if not due(keep_every, images_seen - per_step, images_seen):
             shutil.rmtree(directory)
-    for leftover in (run / "checkpoints").glob(".*"):
-        shutil.rmtree(leftover)
+    for leftover in (run / "checkpoints").glob(".[0-9]*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)

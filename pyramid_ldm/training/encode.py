@@ -1,6 +1,7 @@
 """Between the stages: photographs to latent shards."""
 
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,15 +101,19 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
         f"{len(records)} levels, 1:{autoencoder.compression_ratio():.1f}, {plan.dtype}; to {out}",
         runtime,
     )
-    if runtime.main and not (out / AUTOENCODER).exists():
+    if runtime.main:  # also over one that an interrupted encode of another autoencoder left
         replace_directory(out / AUTOENCODER, autoencoder.save_pretrained)
     autoencoder.to(runtime.device).to(memory_format=torch.channels_last)
-    mine = [n for n in todo if n % runtime.ranks == runtime.rank]
+    mine = todo[runtime.rank :: runtime.ranks]
+    began = time.monotonic()
     with tqdm(
         total=sum(len(shards[n]) for n in mine), unit="img", desc="encode", disable=not sys.stderr.isatty()
     ) as bar:
         for number in mine:
             encode_shard(autoencoder, shards[number], number, plan, out, options, runtime, bar)
+            if bar.disable:
+                done = sum(len(shards[n]) for n in mine[: mine.index(number) + 1])
+                print(f"encode: {done} of {bar.total} records, {time.monotonic() - began:.0f} s", file=sys.stderr)
     runtime.barrier()
     if runtime.main:
         write_index(out, plan, len(shards))
@@ -170,9 +175,8 @@ def encode_shard(
         records.append(make_record(posterior.mean, posterior.log_variance, plan.dtype))
         rows += [Row(views[i].file.digest, views[i].mirrored, views[i].crop, views[i].split) for i in indices]
         bar.update(len(indices))
-    if not records:
-        raise UserError(f"none of the {len(views)} images of shard {number} can be read")
-    write_shard(out, number, plan, torch.cat(records), rows)
+    none = torch.empty(0, plan.record_length(), dtype=getattr(torch, plan.dtype))
+    write_shard(out, number, plan, torch.cat([none, *records]), rows)
 
 
 def readable_batches(views: Views, options: EncodeOptions) -> Iterator[tuple[Tensor, list[int]]]:

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,6 +30,11 @@ class Metrics:
             value = value.detach().float()
             self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
             self.counts[name] = self.counts.get(name, 0) + 1
+
+    def add_all(self, values: Iterable[dict[str, Tensor]]) -> None:
+        """`add` for each."""
+        for part in values:
+            self.add(part)
 
     def take(self) -> dict[str, float]:
         """Means since the last call."""
@@ -94,7 +100,7 @@ class RunLog:
             return
         import numpy as np
 
-        path = self.run / "images" / f"{name}-{images_seen:010d}.png"
+        path = self.run / "images" / f"{name}-{images_seen:08d}.png"
         write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))
         self.tensorboard.add_image(name, torch.from_numpy(np.array(image)), images_seen, dataformats="HWC")
 
@@ -102,6 +108,10 @@ class RunLog:
         """A line on stderr that does not tear the bar."""
         if self.main:
             tqdm.write(text, file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr from any process."""
+        tqdm.write(text, file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self

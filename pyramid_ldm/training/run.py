@@ -43,6 +43,7 @@ def open_run(config: Any, data_fingerprint: str, runtime: Runtime) -> Path:
                 )
     elif run.exists() and any(run.iterdir()) and not saved.is_file():
         raise UserError(f"{run}: is not empty and not a run; give another run_dir")
+    runtime.barrier()  # every process has looked before the first one writes
     if runtime.main:
         run.mkdir(parents=True, exist_ok=True)
         write_atomic(saved, lambda path: save_config(config, path))
@@ -123,5 +124,6 @@ def _single_thread(worker: int) -> None:
     import signal
 
     torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; the loop decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Signals reach the whole process group; the loop decides when its workers end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -85,9 +86,10 @@ def start(device: str, precision: str) -> Runtime:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # One process may evaluate or encode for long while the others wait.
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timedelta(hours=4))
     return Runtime(chosen, use_bf16(precision, chosen), rank, ranks)
 
 
@@ -105,7 +107,13 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}: PyTorch {torch.__version__} sees no CUDA device here; use device=cpu")
-    return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+    try:
+        chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device}: no such device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0")
+    return chosen
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:

@@ -14,6 +14,13 @@ def per_step(train: TrainConfig, runtime: Runtime) -> int:
     return train.batch_size * train.accumulate * runtime.ranks
 
 
+def rounding_note(images: int, total: int) -> str:
+    """A line where `train.images` is not a whole number of steps, else nothing."""
+    if images == total:
+        return ""
+    return f"train.images={images} is rounded up to {total}, a whole number of steps; so is every interval\n"
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The same rate for every group."""
     for group in optimizer.param_groups:
@@ -38,6 +45,14 @@ class NonFinite:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.count, self.in_a_row = limit, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """For the checkpoint."""
+        return {"count": self.count, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The inverse."""
+        self.count, self.in_a_row = state["count"], state["in_a_row"]
 
     def record(self, finite: bool, sources: list[str]) -> bool:
         """Returns `finite`; UserError with the batch's sources at the limit."""

@@ -1,6 +1,6 @@
 """Stage one: a folder of photographs to a pyramid autoencoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator, hinge_loss
 from pyramid_ldm.autoencoder.loss import AutoencoderLoss, discriminator_learns
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.config.autoencoder import AutoencoderTraining
-from pyramid_ldm.data.images import find_images, folder_fingerprint, split_held_out
+from pyramid_ldm.data.images import ImageFile, find_images, folder_fingerprint, split_held_out
 from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images, load_held_out
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import comparison_grid
@@ -26,7 +26,7 @@ from pyramid_ldm.training.log import Metrics, RunLog
 from pyramid_ldm.training.run import batches, open_run
 from pyramid_ldm.training.runtime import Runtime, start, stop_on_signal
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
-from pyramid_ldm.training.step import NonFinite, per_step, set_learning_rate, take_step
+from pyramid_ldm.training.step import NonFinite, per_step, rounding_note, set_learning_rate, take_step
 
 
 @dataclass
@@ -39,29 +39,32 @@ class State:
     disc_optimizer: torch.optim.Optimizer | None
     ema: PowerEma
     loss: AutoencoderLoss
+    nonfinite: NonFinite
     images_seen: int = 0
-    unreadable: int = 0
+    unreadable: set[str] = field(default_factory=set)  # a message a file
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return {
             "images_seen": self.images_seen,
-            "unreadable": self.unreadable,
+            "unreadable": sorted(self.unreadable),
             "autoencoder": self.autoencoder.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "discriminator": self.discriminator.state_dict() if self.discriminator else None,
             "disc_optimizer": self.disc_optimizer.state_dict() if self.disc_optimizer else None,
             "adaptive_weight": self.loss.adaptive.value,
+            "nonfinite": self.nonfinite.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Strict."""
-        self.images_seen, self.unreadable = state["images_seen"], state["unreadable"]
+        self.images_seen, self.unreadable = state["images_seen"], set(state["unreadable"])
         self.autoencoder.load_state_dict(state["autoencoder"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.loss.adaptive.value = state["adaptive_weight"]
+        self.nonfinite.load_state_dict(state["nonfinite"])
         if self.discriminator is not None and self.disc_optimizer is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
@@ -87,6 +90,7 @@ def build_state(config: AutoencoderTraining, device: torch.device) -> State:
         disc_optimizer,
         PowerEma(autoencoder, config.ema.widths),
         AutoencoderLoss(loss_config, perceptual, discriminator),
+        NonFinite(train.max_nonfinite),
     )
 
 
@@ -112,13 +116,12 @@ def train_autoencoder(config: AutoencoderTraining) -> tuple[Path, bool]:
         Photographs(train_files, looks, config.seed),
         collate_images,
         start=state.images_seen,
-        stop=total,
+        stop=state.images_seen + whole_steps(total - state.images_seen, step_images),
         batch_size=train.batch_size,
         workers=config.data.workers,
         runtime=runtime,
     )
     disc_rate = config.loss.gan.learning_rate or train.learning_rate
-    nonfinite = NonFinite(train.max_nonfinite)
     metrics = Metrics()
 
     with (
@@ -136,30 +139,36 @@ def train_autoencoder(config: AutoencoderTraining) -> tuple[Path, bool]:
                 set_learning_rate(state.disc_optimizer, rate * disc_rate / train.learning_rate)
 
             seen_files: list[str] = []
+            terms: list[dict[str, Tensor]] = []
             for micro in range(train.accumulate):
                 batch = next(feed)
-                report_unreadable(batch, state, config, log)
+                report_unreadable(batch, state, log)
                 seen_files += batch.files
                 runtime.seed_step(config.seed, before + micro * train.batch_size * runtime.ranks)
-                metrics.add(accumulate(config, state, model, judge, batch, runtime))
+                terms.append(accumulate(config, state, model, judge, batch, runtime))
 
+            refuse_many_unreadable(config, state, len(train_files), runtime)
             finite = take_step(state.optimizer, state.autoencoder, train.gradient_clip, runtime, metrics, "grad_norm")
+            state.images_seen = before + step_images
+            if finite:
+                advance_spectral_norm(state.autoencoder)
+                state.ema.update(state.autoencoder, state.images_seen, step_images)
             if state.disc_optimizer is not None and state.discriminator is not None:
                 if discriminator_learns(config.loss.gan, before):
                     finite &= take_step(state.disc_optimizer, state.discriminator, 0.0, runtime, metrics, "disc_norm")
                 state.loss.adaptive.finish_step(runtime.average)
-            state.images_seen = before + step_images
-            if nonfinite.record(finite, seen_files):
-                advance_spectral_norm(state.autoencoder)
-                state.ema.update(state.autoencoder, state.images_seen, step_images)
+            if state.nonfinite.record(finite, seen_files):
+                metrics.add_all(terms)
 
             log.advance(state.images_seen)
             last = state.images_seen >= total
             if due(config.log.every, before, state.images_seen) or last:
                 values = runtime.mean(metrics.take())
-                log.metrics(state.images_seen, values | {"learning_rate": rate, "nonfinite": float(nonfinite.count)})
+                log.metrics(
+                    state.images_seen, values | {"learning_rate": rate, "nonfinite": float(state.nonfinite.count)}
+                )
             if due(config.log.pictures_every, before, state.images_seen) or last:
-                examine(config, state, held_out_files or train_files, size, runtime, log)
+                examine(config, state, held_out_files, train_files, size, runtime, log)
             if due(config.checkpoint.every, before, state.images_seen) or last:
                 save(config, run, state, runtime)
         if state.images_seen < total:
@@ -195,32 +204,43 @@ def accumulate(
     if "disc" in terms:
         (disc * scale).backward()
     if config.model.latent == "vq":
-        terms["codebook_usage"] = output.codebook_usage
+        terms["codebook_perplexity"] = output.codebook_perplexity
     return terms
 
 
-def report_unreadable(batch: ImageBatch, state: State, config: AutoencoderTraining, log: RunLog) -> None:
-    """Names files that were skipped; stops the run when there are too many."""
+def report_unreadable(batch: ImageBatch, state: State, log: RunLog) -> None:
+    """Names each file that was skipped, once, from the process that met it."""
     for message in batch.unreadable:
-        log.say(f"skipped {message}")
-    state.unreadable += len(batch.unreadable)
-    seen = state.images_seen + len(batch.positions)
-    if state.unreadable > max(3, config.data.max_bad_fraction * seen):
+        if message not in state.unreadable:
+            state.unreadable.add(message)
+            log.warn(f"skipped {message}")
+
+
+def refuse_many_unreadable(config: AutoencoderTraining, state: State, files: int, runtime: Runtime) -> None:
+    """Stops the run, on every process, when more files than `data.max_bad_fraction` (and than 3) cannot be read."""
+    if runtime.any(len(state.unreadable) > max(3, config.data.max_bad_fraction * files)):
         raise UserError(
-            f"{config.data.root}: {state.unreadable} of {seen} reads failed, more than data.max_bad_fraction="
-            f"{config.data.max_bad_fraction}; the last: {batch.unreadable[-1] if batch.unreadable else '-'}"
+            f"{config.data.root}: {len(state.unreadable)} of {files} images cannot be read, more than "
+            f"data.max_bad_fraction={config.data.max_bad_fraction}; mend or remove them"
         )
 
 
 @torch.no_grad()
 def examine(
-    config: AutoencoderTraining, state: State, files: list[Any], size: tuple[int, int], runtime: Runtime, log: RunLog
+    config: AutoencoderTraining,
+    state: State,
+    held_out: list[ImageFile],
+    train: list[ImageFile],
+    size: tuple[int, int],
+    runtime: Runtime,
+    log: RunLog,
 ) -> None:
-    """Held-out images through the EMA model: PSNR, LPIPS, and a grid of originals beside reconstructions."""
+    """Held-out images (training images where none are held out) through the EMA model: PSNR, LPIPS, and a grid of
+    originals beside reconstructions."""
     if not runtime.main:
         return
     averaged = state.ema.export(state.autoencoder, config.ema.export)
-    images = load_held_out(files, size, config.log.pictures).to(runtime.device)
+    images = load_held_out(held_out or train, size, config.log.pictures).to(runtime.device)
     shown, values = [], []
     for image in images.split(1):
         with runtime.autocast():
@@ -230,9 +250,10 @@ def examine(
         values.append((float(psnr(decoded, image)), lpips))
     mean_psnr, mean_lpips = torch.tensor(values).mean(dim=0).tolist()
     ratio = local_lipschitz(lambda x: averaged.encode(x).mode(), images[:1])
-    found = {"held_out_psnr": mean_psnr, "local_lipschitz": float(ratio)}
+    kind = "held_out" if held_out else "train"
+    found = {f"{kind}_psnr": mean_psnr, "local_lipschitz": float(ratio)}
     if state.loss.perceptual is not None:
-        found["held_out_lpips"] = mean_lpips
+        found[f"{kind}_lpips"] = mean_lpips
     log.metrics(state.images_seen, found)
     log.say("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
     log.picture("reconstructions", state.images_seen, comparison_grid(images.cpu(), torch.cat(shown).cpu()))
@@ -241,10 +262,10 @@ def examine(
 def save(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime) -> None:
     """A checkpoint and the exported EMA model."""
     if runtime.main:
+        averaged = state.ema.export(state.autoencoder, config.ema.export)
+        replace_directory(run / "model", averaged.save_pretrained)  # first: a kill in between only repeats work
         save_checkpoint(run, state.images_seen, state.state_dict())
         prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every, per_step(config.train, runtime))
-        averaged = state.ema.export(state.autoencoder, config.ema.export)
-        replace_directory(run / "model", averaged.save_pretrained)
     runtime.barrier()
 
 
@@ -256,7 +277,7 @@ def describe(config: AutoencoderTraining, state: State, runtime: Runtime, train:
     )
     levels = " + ".join(f"{h}x{w}x{c}" for c, h, w in level_shapes(state.autoencoder.levels, config.image_size))
     beginning = f"resuming at {state.images_seen}" if state.images_seen else "from the start"
-    return (
+    return rounding_note(config.train.images, total) + (
         f"train-ae: {train} images to train on, {held_out} held out, {config.image_size[0]}x{config.image_size[1]}\n"
         f"latents {levels}, 1:{state.autoencoder.compression_ratio():.1f}; "
         f"encoder {encoder:.1f} M, decoder {decoder:.1f} M parameters\n"

@@ -11,6 +11,7 @@ from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config.common import LevelConfig
 from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
 from pyramid_ldm.files import replace_directory
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
@@ -25,7 +26,7 @@ from pyramid_ldm.training.log import Metrics, RunLog
 from pyramid_ldm.training.run import batches, open_run
 from pyramid_ldm.training.runtime import Runtime, start, stop_on_signal
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
-from pyramid_ldm.training.step import NonFinite, per_step, set_learning_rate, take_step
+from pyramid_ldm.training.step import NonFinite, per_step, rounding_note, set_learning_rate, take_step
 
 
 @dataclass
@@ -35,6 +36,7 @@ class State:
     network: PyramidNCSNpp
     optimizer: torch.optim.Optimizer
     ema: PowerEma
+    nonfinite: NonFinite
     images_seen: int = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class State:
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "nonfinite": self.nonfinite.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -52,6 +55,7 @@ class State:
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.nonfinite.load_state_dict(state["nonfinite"])
 
 
 def build_state(config: FlowTraining, device: torch.device) -> State:
@@ -64,7 +68,7 @@ def build_state(config: FlowTraining, device: torch.device) -> State:
         betas=(config.train.beta1, config.train.beta2),
         fused=device.type in ("cuda", "cpu"),
     )
-    return State(network, optimizer, PowerEma(network, config.ema.widths))
+    return State(network, optimizer, PowerEma(network, config.ema.widths), NonFinite(config.train.max_nonfinite))
 
 
 def train_flow(config: FlowTraining) -> tuple[Path, bool]:
@@ -72,6 +76,10 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
     runtime = start(config.device, config.precision)
     cache = LatentCache(Path(config.data.shards))
     config.model.resolve(cache.plan.image_size, [LevelConfig(f, c) for f, c in cache.plan.levels])
+    weights = config.rectified_flow.level_weights
+    if weights is not None and len(weights) != len(cache.plan.levels):
+        raise UserError(f"rectified_flow.level_weights holds {len(weights)} values for {len(cache.plan.levels)} levels")
+    autoencoder = load_autoencoder(cache)
     run = open_run(config, f"{cache.plan.data}-{cache.plan.autoencoder}", runtime)
     state = build_state(config, runtime.device)
     resumed, skipped = load_newest(run)
@@ -88,12 +96,11 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
         LatentRecords(cache, cache.indices("train"), config.seed, config.data.posterior),
         collate_latents,
         start=state.images_seen,
-        stop=total,
+        stop=state.images_seen + whole_steps(total - state.images_seen, step_images),
         batch_size=train.batch_size,
         workers=config.data.workers,
         runtime=runtime,
     )
-    nonfinite = NonFinite(train.max_nonfinite)
     metrics = Metrics()
 
     with (
@@ -108,30 +115,36 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
             rate = learning_rate(train, before)
             set_learning_rate(state.optimizer, rate)
 
+            terms: list[dict[str, Tensor]] = []
             for micro in range(train.accumulate):
                 latents, noise, time, _ = next(feed)
                 runtime.seed_step(config.seed, before + micro * train.batch_size * runtime.ranks)
                 with runtime.autocast():
-                    metrics.add(accumulate(flow, model, scaling, state.network, latents, noise, time, train.accumulate))
+                    terms.append(
+                        accumulate(flow, model, scaling, state.network, latents, noise, time, train.accumulate)
+                    )
 
             finite = take_step(state.optimizer, state.network, train.gradient_clip, runtime, metrics, "grad_norm")
             state.images_seen = before + step_images
-            if nonfinite.record(finite, [f"positions {before} to {state.images_seen}"]):
+            if state.nonfinite.record(finite, [f"positions {before} to {state.images_seen}"]):
                 advance_spectral_norm(state.network)
                 state.ema.update(state.network, state.images_seen, step_images)
+                metrics.add_all(terms)
 
             log.advance(state.images_seen)
             last = state.images_seen >= total
             if due(config.log.every, before, state.images_seen) or last:
                 values = runtime.mean(metrics.take())
-                log.metrics(state.images_seen, values | {"learning_rate": rate, "nonfinite": float(nonfinite.count)})
+                log.metrics(
+                    state.images_seen, values | {"learning_rate": rate, "nonfinite": float(state.nonfinite.count)}
+                )
             pictures = due(config.log.pictures_every, before, state.images_seen) or last
             if runtime.main and pictures:
-                examine(config, cache, flow, scaling, state, runtime, log)
+                examine(config, cache, autoencoder, flow, scaling, state, runtime, log)
             if due(config.checkpoint.every, before, state.images_seen) or last:
-                save(config, run, cache, scaling, state, runtime)
+                save(config, run, autoencoder, scaling, state, runtime)
         if state.images_seen < total:
-            save(config, run, cache, scaling, state, runtime)
+            save(config, run, autoencoder, scaling, state, runtime)
     runtime.barrier()
     return run, state.images_seen >= total
 
@@ -164,6 +177,7 @@ def named_levels(network: PyramidNCSNpp, values: Tensor, prefix: str = "loss") -
 def examine(
     config: FlowTraining,
     cache: LatentCache,
+    autoencoder: PyramidAutoencoder,
     flow: RectifiedFlow,
     scaling: LatentScaling,
     state: State,
@@ -171,7 +185,7 @@ def examine(
     log: RunLog,
 ) -> None:
     """The EMA network: held-out loss per level, and samples of fixed seeds."""
-    pipeline = make_pipeline(config, cache, scaling, state).to(runtime.device)
+    pipeline = make_pipeline(config, autoencoder, scaling, state).to(runtime.device)
     held_out = cache.indices("held_out")
     if held_out:
         records = LatentRecords(cache, held_out, config.seed, config.data.posterior, shuffle=False)
@@ -198,21 +212,39 @@ def examine(
     log.picture("samples", state.images_seen, grid(images))
 
 
-def make_pipeline(config: FlowTraining, cache: LatentCache, scaling: LatentScaling, state: State) -> PyramidPipeline:
-    """The EMA network with the autoencoder that lies beside the shards."""
+def load_autoencoder(cache: LatentCache) -> PyramidAutoencoder:
+    """The autoencoder that lies beside the shards; UserError unless it is the one that made them."""
     autoencoder = PyramidAutoencoder.from_pretrained(cache.directory / AUTOENCODER)
+    if autoencoder.fingerprint() != cache.plan.autoencoder:
+        raise UserError(
+            f"{cache.directory / AUTOENCODER}: is not the autoencoder that made these shards; copy the shard directory "
+            f"whole, or encode again"
+        )
+    return autoencoder
+
+
+def make_pipeline(
+    config: FlowTraining, autoencoder: PyramidAutoencoder, scaling: LatentScaling, state: State
+) -> PyramidPipeline:
+    """The EMA network with its autoencoder."""
     averaged = state.ema.export(state.network, config.ema.export)
     return PyramidPipeline(averaged, autoencoder, scaling, eps=config.rectified_flow.eps)
 
 
 def save(
-    config: FlowTraining, run: Path, cache: LatentCache, scaling: LatentScaling, state: State, runtime: Runtime
+    config: FlowTraining,
+    run: Path,
+    autoencoder: PyramidAutoencoder,
+    scaling: LatentScaling,
+    state: State,
+    runtime: Runtime,
 ) -> None:
-    """A checkpoint and the exported pipeline."""
+    """The exported pipeline and a checkpoint."""
     if runtime.main:
+        # The export first: a kill in between only repeats work.
+        replace_directory(run / "model", make_pipeline(config, autoencoder, scaling, state).save_pretrained)
         save_checkpoint(run, state.images_seen, state.state_dict())
         prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every, per_step(config.train, runtime))
-        replace_directory(run / "model", make_pipeline(config, cache, scaling, state).save_pretrained)
     runtime.barrier()
 
 
@@ -226,7 +258,7 @@ def describe(
     )
     parameters = sum(p.numel() for p in state.network.parameters()) / 1e6
     beginning = f"resuming at {state.images_seen}" if state.images_seen else "from the start"
-    return (
+    return rounding_note(config.train.images, total) + (
         f"train-flow: {len(cache.indices('train'))} records to train on, {len(cache.indices('held_out'))} held out\n"
         f"latents {levels} (scaling: {config.scaling}); network {parameters:.1f} M parameters\n"
         f"{beginning}, to {total} images; {runtime.device}, {'bf16' if runtime.bf16 else 'fp32'}, "
