@@ -11,7 +11,7 @@ from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
 
 ROOT = Path(__file__).parent.parent
 RATIOS = {
-    "demo": 3 * 64 * 64 / (16 + 256 + 512 + 512),
+    "demo": 3 * 64 * 64 / (16 + 128 + 256 + 256),
     "lsun_bedrooms_256": 48.0,
     "lsun_churches_256": 48.0,
     "celebahq_1024": 256.0,

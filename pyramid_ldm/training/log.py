@@ -89,7 +89,7 @@ class RunLog:
             self.tensorboard.add_scalar(key, value, images_seen)
         shown = {k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "l1", "psnr", "lpips")}
         self.bar.set_postfix(shown)
-        if not self.live:
+        if shown and not self.live:
             left = (self.total - images_seen) / max(rate, 1e-9)
             text = " ".join(f"{k}={v}" for k, v in shown.items())
             self.say(f"{self.name}: {images_seen}/{self.total} images, {rate:.1f} images/s, {left:.0f} s left, {text}")

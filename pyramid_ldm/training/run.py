@@ -124,6 +124,6 @@ def _single_thread(worker: int) -> None:
     import signal
 
     torch.set_num_threads(1)
-    # Signals reach the whole process group; the loop decides when its workers end.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    # Ctrl-C reaches the whole process group; the loop decides when its workers end. Not so SIGTERM: it is how Python
+    # ends workers at exit.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
