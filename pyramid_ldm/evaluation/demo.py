@@ -123,8 +123,8 @@ def report(out: Path, figures: Figures, seconds: float) -> None:
     sections = [
         Section(
             "New landscapes",
-            "Drawn from noise by the flow network and turned into pixels by the decoder. None of them is in the "
-            "training images.",
+            "Drawn from noise by the flow network and turned into pixels by the decoder, none chosen; "
+            "further down each stands beside the training image nearest to it.",
             out / "samples.png",
         ),
         Section(
