@@ -1,0 +1,28 @@
+"""The whole job through the demo, on few and small things."""
+
+import json
+
+from PIL import Image
+
+from pyramid_ldm.cli import demo, main
+
+
+def test_the_demo_leaves_its_pictures_and_report_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", 40)
+    monkeypatch.setattr(demo, "SAMPLES", 4)
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0
+    said = capsys.readouterr().err
+    for name in ("train-ae", "encode", "train-flow", "sample"):
+        assert f"$ pyramid-ldm {name} " in said
+    for name in ("samples.png", "reconstructions.png", "latents.png", "neighbours.png"):
+        assert Image.open(out / name).width >= 2 * 64
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "pyramid-ldm train-ae autoencoder_configs/scapes2k.yaml" in page
+    figures = json.loads((out / "figures.json").read_text())
+    assert figures["psnr"] > 5
+    assert figures["bicubic_psnr"] > 20
+    weights = (out / "flow/model/flow/model.safetensors").read_bytes()
+    assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0, "again: everything is there already"
+    assert (out / "flow/model/flow/model.safetensors").read_bytes() == weights
