@@ -454,3 +454,9 @@ def test_a_shard_without_a_readable_image_is_empty_and_the_rest_is_used(autoenco
     Path(broken).write_bytes(Path(broken).read_bytes()[:300])
     out = encode(autoencoder_directory, tmp_path / "photos", tmp_path / "out", options, CPU)
     assert len(LatentCache(out).rows) == 11
+
+
+def test_another_precision_would_mix_two_roundings_in_one_cache(shards, autoencoder_directory, photographs):
+    (shards / "index.json").unlink()
+    with pytest.raises(UserError, match="precision = fp32, not bf16"):
+        encode(autoencoder_directory, photographs, shards, OPTIONS, Runtime(torch.device("cpu"), True))

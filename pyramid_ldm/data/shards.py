@@ -50,6 +50,7 @@ class Plan:
     levels: list[list[int]]  # [factor, channels], coarse to fine
     has_variance: bool
     dtype: str  # float16 | float32
+    precision: str  # bf16 | fp32: what the encoder computed in
     crops: int
     zoom: float
     flip: bool

@@ -80,7 +80,7 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
     """
     autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run)
     files = find_images(data)
-    plan = make_plan(autoencoder, files, options)
+    plan = make_plan(autoencoder, files, options, runtime)
     index = out / INDEX
     finished = index.exists()
     if finished:
@@ -121,7 +121,9 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
     return out
 
 
-def make_plan(autoencoder: PyramidAutoencoder, files: list[ImageFile], options: EncodeOptions) -> Plan:
+def make_plan(
+    autoencoder: PyramidAutoencoder, files: list[ImageFile], options: EncodeOptions, runtime: Runtime
+) -> Plan:
     """What this cache will be."""
     if options.dtype not in ("float16", "float32"):
         raise UserError(f"--dtype {options.dtype}: choose float16 or float32")
@@ -133,6 +135,7 @@ def make_plan(autoencoder: PyramidAutoencoder, files: list[ImageFile], options: 
         levels=[[level.factor, level.channels] for level in autoencoder.levels],
         has_variance=config.latent == "kl",
         dtype=options.dtype,
+        precision="bf16" if runtime.bf16 else "fp32",
         crops=options.crops,
         zoom=options.zoom,
         flip=options.flip,
