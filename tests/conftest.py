@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, FlowConfig, LevelConfig
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig
 from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.training.encode import EncodeOptions, encode
+from pyramid_ldm.training.runtime import Runtime
 
 torch.set_num_threads(1)  # what tests compute is too small for two
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
@@ -49,7 +52,7 @@ def tiny_flow(**changes) -> PyramidNCSNpp:
     return PyramidNCSNpp(tiny_flow_config(**changes))
 
 
-def randomise(model: torch.nn.Module, std: float = 0.1) -> torch.nn.Module:
+def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:
     """Moves every parameter, so that what starts at zero takes part."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -66,3 +69,32 @@ def photographs(tmp_path_factory) -> Path:
         suffix = "png" if i % 2 else "jpg"
         Image.fromarray(render_landscape(i, 48, 64)).save(folder / f"{i:02d}.{suffix}", quality=95)
     return folder
+
+
+CPU = Runtime(torch.device("cpu"), False)
+OPTIONS = EncodeOptions(validation=0.3, dtype="float32", batch_size=4, shard_size=6, workers=0)
+SIZES = (6 * 2 * 2, 4 * 4 * 4)  # values of the two levels of an image of 32x32
+WIDTH = sum(SIZES)
+
+
+def lively_autoencoder(seed_shift=0.0, **changes):
+    """Latents with different means and variances in every channel."""
+    model = randomise(tiny_autoencoder(**changes), 0.2)
+    with torch.no_grad():
+        for module in model.encoder.modules():
+            if isinstance(module, nn.Conv2d):
+                module.bias.add_(torch.linspace(-0.5, 0.5, len(module.bias)) + seed_shift)
+    return model
+
+
+@pytest.fixture(scope="session")
+def autoencoder_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("autoencoder")
+    lively_autoencoder().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def finished(autoencoder_directory, photographs, tmp_path_factory):
+    """Never changed by a test."""
+    return encode(autoencoder_directory, photographs, tmp_path_factory.mktemp("shards") / "kl", OPTIONS, CPU)

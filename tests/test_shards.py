@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import json
-import pickle
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,57 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_autoencoder
+from conftest import CPU, OPTIONS, SIZES, WIDTH, lively_autoencoder
 from safetensors.torch import load_file
-from torch import nn
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.data.images import find_images, split_held_out
-from pyramid_ldm.data.order import item_at
 from pyramid_ldm.data.photographs import load_crop
-from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents, split_record, write_shard
+from pyramid_ldm.data.shards import LatentCache, LatentRecords, split_record, write_shard
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.pyramid import LatentScaling
-from pyramid_ldm.randomness import generator, uniform
+from pyramid_ldm.randomness import uniform
 from pyramid_ldm.training.encode import EncodeOptions, encode
 from pyramid_ldm.training.runtime import Runtime
-
-CPU = Runtime(torch.device("cpu"), False)
-OPTIONS = EncodeOptions(validation=0.3, dtype="float32", batch_size=4, shard_size=6, workers=0)
-SIZES = (6 * 2 * 2, 4 * 4 * 4)  # values of the two levels of an image of 32x32
-WIDTH = sum(SIZES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Such small layers only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def lively_autoencoder(seed_shift=0.0, **changes):
-    """Latents with different means and variances in every channel."""
-    model = randomise(tiny_autoencoder(**changes), 0.2)
-    with torch.no_grad():
-        for module in model.encoder.modules():
-            if isinstance(module, nn.Conv2d):
-                module.bias.add_(torch.linspace(-0.5, 0.5, len(module.bias)) + seed_shift)
-    return model
-
-
-@pytest.fixture(scope="module")
-def autoencoder_directory(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("autoencoder")
-    lively_autoencoder().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def finished(autoencoder_directory, photographs, tmp_path_factory):
-    """Never changed by a test."""
-    return encode(autoencoder_directory, photographs, tmp_path_factory.mktemp("shards") / "kl", OPTIONS, CPU)
 
 
 @pytest.fixture
@@ -368,67 +328,6 @@ def test_the_cache_carries_its_autoencoder(finished, autoencoder_directory):
     inner = PyramidAutoencoder.from_pretrained(finished / "autoencoder")
     assert inner.fingerprint() == PyramidAutoencoder.from_pretrained(autoencoder_directory).fingerprint()
     assert inner.fingerprint() == LatentCache(finished).plan.autoencoder
-
-
-def test_items_depend_on_seed_and_position_alone(finished):
-    cache = LatentCache(finished)
-    rows = cache.indices("train")
-    one = LatentRecords(cache, rows, seed=4, posterior="sample")
-    forwards = [one[p] for p in range(30)]
-    torch.manual_seed(1)
-    again = LatentRecords(LatentCache(finished), rows, seed=4, posterior="sample")
-    backwards = [again[p] for p in reversed(range(30))][::-1]
-    for a, b in zip(forwards, backwards, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a[:3], b[:3], strict=True))
-    other = LatentRecords(cache, rows, seed=5, posterior="sample")
-    assert not any(torch.equal(other[p][1], forwards[p][1]) for p in range(30))
-    batch = collate_latents(forwards[10:14])
-    assert batch[0].shape == batch[1].shape == (4, WIDTH)
-    assert batch[2].shape == (4,)
-    assert batch[3] == [10, 11, 12, 13]
-
-
-def test_the_latents_drawn_are_mean_plus_deviation_times_noise(finished):
-    cache = LatentCache(finished)
-    rows = cache.indices("train")
-    dataset = LatentRecords(cache, rows, seed=4, posterior="sample")
-    modes = LatentRecords(cache, rows, seed=4, posterior="mode")
-    for position in (0, 7, len(rows) + 3):
-        record = cache.read(rows[item_at(position, len(rows), 4)])
-        mean, std = record[:WIDTH], (record[WIDTH:] / 2).exp()
-        drawn = torch.randn(WIDTH, generator=generator(4, "posterior", position))
-        latents, noise, time, at = dataset[position]
-        torch.testing.assert_close(latents, mean + std * drawn)
-        assert torch.equal(modes[position][0], mean)
-        assert not torch.equal(noise, drawn), "the flow's noise is independent of the posterior's"
-        assert 0 <= float(time) < 1
-        assert at == position
-
-
-def test_a_row_has_a_fresh_posterior_sample_each_epoch(finished):
-    cache = LatentCache(finished)
-    dataset = LatentRecords(cache, [0], seed=0, posterior="sample")
-    draws = torch.stack([dataset[p][0] for p in range(2000)])
-    mean, log_variance = cache.read(0).chunk(2)
-    errors = (draws.mean(dim=0) - mean) / (0.5 * log_variance).exp() * 2000**0.5
-    assert float(errors.abs().max()) < 4.5
-    np.testing.assert_allclose(draws.std(dim=0) / (0.5 * log_variance).exp(), 1, atol=0.08)
-
-
-def test_without_shuffling_rows_come_in_order(finished):
-    cache = LatentCache(finished)
-    rows = cache.indices("held_out")
-    dataset = LatentRecords(cache, rows, seed=0, posterior="mode", shuffle=False)
-    for position in range(len(rows) + 1):
-        assert torch.equal(dataset[position][0], cache.read(rows[position % len(rows)])[:WIDTH])
-
-
-def test_a_pickled_cache_holds_paths_not_records(finished):
-    """What a loader's worker gets where processes are spawned, not forked."""
-    cache = LatentCache(finished)
-    copy = pickle.loads(pickle.dumps(cache))
-    assert copy.shards == [None] * len(cache.shards)
-    assert torch.equal(copy.read(3), cache.read(3))
 
 
 def test_the_autoencoder_beside_the_shards_is_the_one_that_made_them(autoencoder_directory, photographs, tmp_path):
