@@ -1,10 +1,12 @@
 """Writing files so that a reader never sees half of one, and reading them with errors a person can use."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,27 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def full_disk_as_oserror(path: Path) -> Iterator[None]:
+    """Raises OSError(ENOSPC) naming `path` where a writer failed on a full disk.
+
+    safetensors and torch.save report one as errors of their own, which say nothing a user could act on.
+    """
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error) or shutil.disk_usage(path.parent).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)`, then puts the result in place of `path` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        with full_disk_as_oserror(path):
+            write(temporary)
         fsync_path(temporary)
         os.replace(temporary, path)
         fsync_path(path.parent)
@@ -72,7 +89,12 @@ def replace_directory(target: Path, write: Callable[[Path], None]) -> None:
     fresh, previous = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.previous")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
-    write(fresh)
+    try:
+        with full_disk_as_oserror(target):
+            write(fresh)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     for path in sorted(fresh.rglob("*"), reverse=True):
         fsync_path(path)
     fsync_path(fresh)

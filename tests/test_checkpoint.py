@@ -1,4 +1,6 @@
+import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -195,6 +197,27 @@ def test_a_writer_that_fails_leaves_the_file_and_nothing_else(tmp_path):
         write_atomic(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 64 vs 0"), ValueError("No space left on device")])
+def test_a_full_disk_is_an_oserror_whatever_the_writer_raises(tmp_path, monkeypatch, error):
+    """torch.save says "unexpected pos", safetensors wraps the system's words."""
+    usage = shutil.disk_usage(tmp_path)
+
+    def fail(_):
+        raise error
+
+    for write in (write_atomic, replace_directory):
+        if isinstance(error, RuntimeError):
+            with pytest.raises(RuntimeError, match="unexpected pos"):
+                write(tmp_path / "x", fail)
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+        with pytest.raises(OSError, match="No space left") as caught:
+            write(tmp_path / "x", fail)
+        assert caught.value.errno == errno.ENOSPC
+        assert caught.value.filename == str(tmp_path / "x")
+        assert not list(tmp_path.iterdir())
+        monkeypatch.undo()
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

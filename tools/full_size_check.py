@@ -6,18 +6,16 @@
 
 It answers "does this config fit this machine, and how long is a step" before anybody starts a week of training.
 Steps are timed by the commands themselves (images per second in metrics.jsonl); memory is the peak resident set of
-the command and its workers, and what CUDA's allocator reserved where there is a GPU (printed by nvidia-smi, not here).
+the command and its workers, in main memory. A GPU's is not measured here.
 The discriminator and its ramp start at image 0, so that every part of the step is in the figure.
 """
 
 import argparse
 import json
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
-import time
 
 
 def run(name: str, *words: object) -> dict[str, object]:
@@ -39,11 +37,11 @@ def run(name: str, *words: object) -> dict[str, object]:
     return {"command": name, "seconds": round(seconds, 1), "peak GiB": round(memory, 2)}
 
 
-def step_seconds(run_directory: pathlib.Path, per_step: int) -> list[float]:
+def step_seconds(run_directory: pathlib.Path) -> list[float]:
     """Seconds of each optimizer step, from the rate that metrics.jsonl holds (a line a step)."""
     lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
     ends = [line["images_seen"] / line["images_per_second"] for line in lines if "learning_rate" in line]
-    return [round(b - a, 2) for a, b in zip([0.0, *ends], ends, strict=False)] if per_step else []
+    return [round(b - a, 2) for a, b in zip([0.0, *ends], ends, strict=False)]
 
 
 def main() -> int:
@@ -66,7 +64,6 @@ def main() -> int:
         shutil.copy(path, few)
     ae, latents, flow = args.out / "ae", args.out / "latents", args.out / "flow"
     often = (f"train.images={args.images}", "log.every=1", f"log.pictures_every={10**9}", f"checkpoint.every={10**9}")
-    began = time.monotonic()
     rows = [
         run("train-ae", f"{args.config}.yaml", f"data.root={args.data}", f"run_dir={ae}", *often, "log.pictures=1",
             f"loss.perceptual.weights={args.vgg}", "loss.gan.start=0", "loss.gan.disc_warmup=0", "loss.gan.ramp=0",
@@ -77,9 +74,8 @@ def main() -> int:
         run("sample", flow, "--num", 1, "--solver", "euler", "--steps", args.steps, "--out", args.out / "samples"),
     ]  # fmt: skip
     for row, directory in ((rows[0], ae), (rows[2], flow)):
-        row["seconds a step"] = step_seconds(directory, 1)
+        row["seconds a step"] = step_seconds(directory)
     print(json.dumps(rows, indent=1))
-    print(f"all: {time.monotonic() - began:.0f} s; this script itself {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")  # fmt: skip  # noqa: E501
     return 0
 
 

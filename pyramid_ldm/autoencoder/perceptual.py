@@ -29,11 +29,6 @@ class PerceptualLoss:
         distance: Tensor = self.network(image, target)
         return distance.float().mean()
 
-    def each(self, image: Tensor, target: Tensor) -> Tensor:
-        """(B,): one distance an image."""
-        distance: Tensor = self.network(image, target)
-        return distance.float().flatten()
-
 
 def _build(weights: str) -> Any:
     import lpips

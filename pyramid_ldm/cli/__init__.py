@@ -12,7 +12,7 @@ from pyramid_ldm.config.base import ConfigError
 from pyramid_ldm.errors import UserError
 
 COMMANDS = (demo, train_ae, encode, train_flow, sample, reconstruct, latents)
-DONE, BUG, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130  # 1 is what Python makes of an exception: a bug
 
 
 class _Parser(argparse.ArgumentParser):

@@ -284,17 +284,3 @@ def make_record(mean: Pyramid, log_variance: Pyramid | None, dtype: str) -> Tens
     """(B, D) records of a batch, on the CPU."""
     parts = [flatten(mean)] + ([] if log_variance is None else [flatten(log_variance)])
     return torch.cat(parts, dim=1).to(getattr(torch, dtype)).cpu()
-
-
-__all__ = [
-    "LatentCache",
-    "LatentRecords",
-    "Plan",
-    "Row",
-    "check_plan",
-    "collate_latents",
-    "has_shard",
-    "make_record",
-    "write_index",
-    "write_shard",
-]

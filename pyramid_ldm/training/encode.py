@@ -95,10 +95,9 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
     out.mkdir(parents=True, exist_ok=True)
     if runtime.main:
         index.unlink(missing_ok=True)
-    records = autoencoder.levels
     say(
         f"encode: {len(files)} images, {len(views)} records in {len(shards)} shards ({len(shards) - len(todo)} done), "
-        f"{len(records)} levels, 1:{autoencoder.compression_ratio():.1f}, {plan.dtype}; to {out}",
+        f"{len(plan.levels)} levels, 1:{autoencoder.compression_ratio():.1f}, {plan.dtype}; to {out}",
         runtime,
     )
     if runtime.main:  # also over one that an interrupted encode of another autoencoder left
