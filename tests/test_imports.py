@@ -11,12 +11,14 @@ import pyramid_ldm
 PACKAGE = Path(pyramid_ldm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a part may import beside itself. A part is a folder of the package, or a module at its top.
-BASE = {"errors", "files", "randomness", "pyramid"}
+BASE = {"errors", "files", "randomness", "pyramid", "memory"}
 ALLOWED = {
     "config": set(),
     "nn": set(),
     "errors": set(),
     "randomness": set(),
+    "allocator": set(),
+    "memory": set(),
     "files": {"errors"},
     "pyramid": {"errors", "randomness"},
     "serialization": {"config", "errors", "files", "nn"},

@@ -5,8 +5,8 @@ import torch
 from conftest import randomise, tiny_flow
 from torch import nn
 
+from pyramid_ldm.nn import pixel_norm
 from pyramid_ldm.nn.layers import (
-    PixelNorm,
     SpectralNorm,
     ZeroConv2d,
     advance_spectral_norm,
@@ -16,6 +16,7 @@ from pyramid_ldm.nn.layers import (
     group_norm,
     spectral_layers,
 )
+from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
 from pyramid_ldm.nn.resample import bilinear_up, box_down, fir_down, fir_up, max_down, nearest_up
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
 
@@ -116,6 +117,34 @@ def test_pixel_norm_is_per_pixel_rms():
     x = torch.randn(2, 8, 3, 3) * 5
     expected = x / x.square().mean(1, keepdim=True).sqrt()
     torch.testing.assert_close(PixelNorm(8)(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [16, 1 << 20])
+def test_fused_norm_and_silu_is_one_after_the_other(chunk, monkeypatch):
+    """Values and both gradients, whether the work is cut into chunks (the last one shorter) or not."""
+    monkeypatch.setattr(pixel_norm, "CHUNK", chunk)
+    norm = PixelNorm(8).double()
+    nn.init.uniform_(norm.weight, 0.5, 2.0)
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(norm_silu(norm, x), nn.functional.silu(norm(x)))
+    assert torch.autograd.gradcheck(lambda x, _: norm_silu(norm, x), (x, norm.weight))
+
+
+def test_fused_norm_keeps_its_input_alone():
+    """Six tensors a block would otherwise wait for the backward pass."""
+    kept = []
+    x = torch.randn(1, 8, 16, 16, requires_grad=True) * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        norm_silu(PixelNorm(8), x.to(memory_format=torch.channels_last))
+    assert sorted({t.untyped_storage().nbytes() for t in kept}) == [8 * 4, x.numel() * 4]
+
+
+def test_gain_of_a_zero_convolution_scales_its_output():
+    layer = ZeroConv2d(4, 6, spectral_norm=True)
+    nn.init.uniform_(layer.gain, 0.5, 2.0)
+    nn.init.normal_(layer.conv.bias)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(layer(x), layer.conv(x) * layer.gain)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 16)])

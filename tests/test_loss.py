@@ -191,7 +191,10 @@ def test_vgg_weights_from_a_file(tmp_path, perceptual):
 
     from pyramid_ldm.errors import UserError
 
-    state = {f"features.{n.split('.', 1)[1]}": p.detach().clone() for n, p in perceptual.network.net.named_parameters()}
+    state = {
+        f"features.{n.split('.', 1)[1]}": p.detach().clone(memory_format=torch.contiguous_format)
+        for n, p in perceptual.network.net.named_parameters()
+    }
     save_file(state, tmp_path / "vgg16.safetensors")
     torch.save(state, tmp_path / "vgg16.pth")
     image, target = torch.rand(2, 1, 3, 32, 32)
@@ -204,3 +207,15 @@ def test_vgg_weights_from_a_file(tmp_path, perceptual):
         PerceptualLoss(str(tmp_path / "part.safetensors"), torch.device("cpu"))
     with pytest.raises(UserError, match="no such file"):
         PerceptualLoss(str(tmp_path / "none.pth"), torch.device("cpu"))
+
+
+def test_lpips_in_parts_is_the_mean_over_parts(perceptual):
+    image, target = torch.rand(2, 1, 3, 48, 64) * 2 - 1
+    parts = [
+        float(perceptual(image[..., y, x], target[..., y, x])) * weight
+        for y, h in ((slice(0, 32), 32), (slice(32, 48), 16))
+        for x, w in ((slice(0, 32), 32), (slice(32, 64), 32))
+        for weight in [h * w / (48 * 64)]
+    ]
+    assert perceptual.in_parts(image, target, side=32) == pytest.approx(sum(parts), rel=1e-5)
+    assert perceptual.in_parts(image, target) == pytest.approx(float(perceptual(image, target)), rel=1e-5)

@@ -160,6 +160,7 @@ def test_two_processes_give_the_single_processs_losses(home, photographs, tmp_pa
         for name, (processes, batch, accumulate) in layouts.items():
             data = f"data.root={photographs}" if stage == "ae" else f"data.shards={home / 'latents'}"
             dropout = "model.decoder.dropout=0" if stage == "ae" else "model.dropout=0"
+            shared = (*shared, "train.regions=2", "train.region_size=24") if stage == "ae" else shared[:4]
             run(f"train-{stage}", home / f"{stage}.yaml", data, dropout, *shared, f"train.batch_size={batch}",
                 f"train.accumulate={accumulate}", f"run_dir={tmp_path / stage / name}",
                 processes=processes)  # fmt: skip
@@ -241,7 +242,7 @@ def test_one_corrupt_file_is_named_once_and_skipped_many_stop_the_run(home, phot
 
 
 def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path):
-    """12 images, then to 24; and on to 27, which is not a whole number of steps."""
+    """12 images, then to 24; and on to 27, which is not a whole number of steps. Two random regions of each."""
     settings = (
         "model.latent=vq",
         "model.codebook_size=16",
@@ -251,6 +252,8 @@ def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path)
         "loss.gan.weight=0",
         "log.pictures_every=1000",
         "train.decay=constant",
+        "train.regions=2",
+        "train.region_size=16",
         f"data.root={photographs}",
     )
     for name in ("whole", "parts"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pyramid_ldm.autoencoder.decoder import PyramidDecoder
 from pyramid_ldm.autoencoder.encoder import PyramidEncoder
 from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
+from pyramid_ldm.autoencoder.regions import Region, Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig
 from pyramid_ldm.nn.layers import full_precision
 from pyramid_ldm.pyramid import LatentLevel, Pyramid, compression_ratio
@@ -21,7 +22,7 @@ from pyramid_ldm.serialization import load_model, resolve_model_directory, save_
 class AutoencoderOutput:
     """One training pass. `codebook_*` are zeros under KL."""
 
-    reconstruction: Tensor  # (B, 3, H, W)
+    reconstruction: Tensor  # (B, 3, H, W), or of the regions, (entries, 3, height, width)
     posterior: DiagonalGaussian
     codebook_loss: Tensor  # scalar, mean over levels
     codebook_perplexity: Tensor  # exp of the entropy of the entries this batch used, mean over levels; scalar
@@ -95,22 +96,38 @@ class PyramidAutoencoder(nn.Module):
             used.append(torch.exp(torch.special.entr(shares).sum()))
         return tuple(quantized), torch.stack(losses).mean(), torch.stack(used).mean()
 
-    def decode(self, latents: Pyramid) -> Tensor:
-        """Latents to an image (B, 3, H, W), in [-1, 1] up to overshoot; VQ latents are quantised first."""
+    def decode(self, latents: Pyramid, region: Region | None = None) -> Tensor:
+        """Latents to an image (B, 3, H, W), in [-1, 1] up to overshoot; VQ latents are quantised first.
+
+        Args:
+            region: (top, left, height, width) in pixels: only this part, (B, 3, height, width), equal to the same
+                part of the image. Above the levels with attention, only what it depends on is computed. ValueError
+                where it does not lie inside the image.
+        """
         if self.quantizers:
             latents, _, _ = self.quantize(latents)
-        image: Tensor = self.decoder(latents)
+        image: Tensor = self.decoder(latents, Regions.of(region, latents[0].shape[0]) if region else None)
         return image
 
-    def forward(self, image: Tensor, noise: Pyramid | None = None) -> AutoencoderOutput:
-        """A training pass: encode, sample with `noise` (fresh if None) or quantise, decode."""
+    def decode_tiled(self, latents: Pyramid, tile: int = 512) -> Tensor:
+        """`decode` without gradients, tile x tile pixels at a time: the same image, without seams, in the memory of
+        one tile (and of the levels with attention)."""
+        if tile < 1:
+            raise ValueError(f"tile is {tile}; it must be at least 1")
+        with torch.no_grad():
+            if self.quantizers:
+                latents, _, _ = self.quantize(latents)
+            return self.decoder.tiled(latents, tile)
+
+    def forward(self, image: Tensor, noise: Pyramid | None = None, regions: Regions | None = None) -> AutoencoderOutput:
+        """A training pass: encode, sample with `noise` (fresh if None) or quantise, decode (only `regions`)."""
         posterior = self.encode(image)
         if self.quantizers:
             latents, loss, perplexity = self.quantize(posterior.mode())
         else:
             latents = posterior.sample(noise)
             loss = perplexity = latents[0].new_zeros(())
-        return AutoencoderOutput(self.decoder(latents).float(), posterior, loss, perplexity)
+        return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, perplexity)
 
     def compression_ratio(self) -> float:
         """Image values per latent value: 256.0 means 1:256."""

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyramid_ldm.autoencoder.regions import Regions, Step, plan
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import PixelNorm, conv2d, decreasing_dropout, full_precision
+from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, full_precision
+from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
 from pyramid_ldm.nn.resample import bilinear_up, nearest_up
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
@@ -70,7 +71,7 @@ class ToRGB(nn.Module):
 
     def features(self, h: Tensor) -> Tensor:
         """What the convolution sees."""
-        return F.silu(self.norm(h))
+        return norm_silu(self.norm, h)
 
     def forward(self, features: Tensor) -> Tensor:
         with full_precision(features.device):
@@ -79,10 +80,11 @@ class ToRGB(nn.Module):
 
 
 class DecoderLevel(nn.Module):
-    """Everything at one resolution: a latent enters through its branch, blocks, RGB leaves, the way up."""
+    """Everything at one resolution: the way up to it, a latent enters through its branch, blocks, RGB leaves."""
 
     def __init__(
         self,
+        previous_width: int | None,
         width: int,
         *,
         branch: nn.Module | None,
@@ -92,10 +94,10 @@ class DecoderLevel(nn.Module):
         softmax_tokens: int,
         dropout: float,
         rgb_leaves: bool,
-        next_width: int | None,
         residual: bool,
     ) -> None:
         super().__init__()
+        self.up = Resampling(previous_width, width, nearest_up, residual=residual) if previous_width else None
         self.branch = branch
         self.blocks = nn.ModuleList()
         for _ in range(blocks):
@@ -104,18 +106,31 @@ class DecoderLevel(nn.Module):
                 build_attention(attention, width, head_channels=head_channels, softmax_tokens=softmax_tokens)
             )
         self.to_rgb = ToRGB(width) if rgb_leaves else None
-        self.up = Resampling(width, next_width, nearest_up, residual=residual) if next_width else None
 
-    def forward(self, h: Tensor | None, latent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """(features or None, this level's latent or None) -> (features one resolution up, features of RGB or None)."""
-        if self.branch is not None:
-            entering = self.branch(latent)
+    @property
+    def reach(self) -> int | None:
+        """How many pixels away the output depends on what enters at this resolution; None: on all of it."""
+        if isinstance(self.branch, TransformerBranch):
+            return None
+        layers = [*self.blocks, *(self.branch.blocks if isinstance(self.branch, ResidualBranch) else [])]
+        if not all(isinstance(layer, ResidualBlock | nn.Identity) for layer in layers):
+            return None
+        return sum(2 for layer in layers if isinstance(layer, ResidualBlock))
+
+    def forward(self, h: Tensor | None, latent: Tensor | None, step: Step | None) -> tuple[Tensor, Tensor | None]:
+        """(output of the coarser level or None, this level's latent or None) -> (features, features of RGB or None).
+
+        With `step`, h and the latent are cut, and only this level's windows are computed.
+        """
+        if h is not None and self.up is not None:
+            h = self.up(h) if step is None else step.above(self.up(step.below(h)))
+        if self.branch is not None and latent is not None:
+            entering = self.branch(latent if step is None else step.latent(latent))
             h = entering if h is None else h + entering
         assert h is not None, "the coarsest level always has a latent"
         for block in self.blocks:
             h = block(h)
-        rgb = None if self.to_rgb is None else self.to_rgb.features(h)
-        return h if self.up is None else self.up(h), rgb
+        return h, None if self.to_rgb is None else self.to_rgb.features(h)
 
 
 class PyramidDecoder(nn.Module):
@@ -172,13 +187,15 @@ class PyramidDecoder(nn.Module):
             )
 
         self.factors = factors
-        self.latent_factors = frozenset(channels)
+        self.latent_factors = tuple(channels)  # coarse to fine
         self.checkpoint_factors = frozenset(checkpoint_factors)
         self.levels = nn.ModuleList()
         for factor, width, rate in zip(factors, reversed(widths), rates, strict=True):
             kind = attention if factor in attention_factors else "none"
+            coarsest = factor == factors[0]
             self.levels.append(
                 DecoderLevel(
+                    None if coarsest else widths[factor.bit_length()],
                     width,
                     branch=build_branch(factor, width, kind, rate),
                     blocks=blocks,
@@ -187,7 +204,6 @@ class PyramidDecoder(nn.Module):
                     softmax_tokens=softmax_tokens,
                     dropout=rate,
                     rgb_leaves=factor == 1 or skip in ("skip", "res_skip"),
-                    next_width=widths[factor.bit_length() - 2] if factor > 1 else None,
                     residual=skip in ("residual", "res_skip"),
                 )
             )
@@ -202,21 +218,94 @@ class PyramidDecoder(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    def forward(self, latents: Pyramid) -> Tensor:
-        """Latents, coarse to fine, (B, C_i, H/f_i, W/f_i) -> image (B, 3, H, W), in [-1, 1] up to overshoot."""
-        waiting = list(latents)
-        h: Tensor | None = None
-        rgb: Tensor | None = None
-        for factor, level in zip(self.factors, cast("list[DecoderLevel]", self.levels), strict=True):
-            latent = waiting.pop(0) if factor in self.latent_factors else None
+    def forward(self, latents: Pyramid, regions: Regions | None = None) -> Tensor:
+        """Latents, coarse to fine, (B, C_i, H/f_i, W/f_i) -> image (B, 3, H, W), in [-1, 1] up to overshoot.
+
+        With `regions`: only these parts, (entries, 3, height, width), each equal to the same part of the image.
+        Levels are computed in part from where that is less work than the whole.
+        """
+        if regions is None:
+            _, image = self._run(None, None, latents, range(len(self.factors)), None)
+            assert image is not None
+            return image
+        regions.check(latents[0].shape[0], *self.image_size(latents))
+        first = self._first_in_part(latents, regions)
+        h, rgb = self._run(None, None, latents, range(first), None)
+        return self._finish(h, rgb, latents, first, regions)
+
+    def tiled(self, latents: Pyramid, tile: int) -> Tensor:
+        """`forward` without gradients, in tiles of up to tile x tile pixels, one at a time: the same image in less
+        memory. Levels of no more pixels than a tile are computed once, whole."""
+        height, width = self.image_size(latents)
+        batch, rows, columns = latents[0].shape[0], min(tile, height), min(tile, width)
+        limit = [i for i, size in enumerate(self._sizes(latents)) if size[0] * size[1] <= tile * tile]
+        first = max(len(limit), self._global_levels())
+        image: Tensor | None = None
+        with torch.no_grad():
+            h, rgb = self._run(None, None, latents, range(first), None)
+            for top in range(0, height, rows):
+                for left in range(0, width, columns):
+                    y, x = min(top, height - rows), min(left, width - columns)
+                    part = self._finish(h, rgb, latents, first, Regions.of((y, x, rows, columns), batch))
+                    if image is None:
+                        image = part.new_empty(batch, 3, height, width)
+                    image[:, :, y : y + rows, x : x + columns] = part
+        assert image is not None
+        return image
+
+    def image_size(self, latents: Pyramid) -> tuple[int, int]:
+        """(height, width) of the image that these latents decode to."""
+        return latents[0].shape[2] * self.factors[0], latents[0].shape[3] * self.factors[0]
+
+    def _sizes(self, latents: Pyramid) -> list[tuple[int, int]]:
+        height, width = self.image_size(latents)
+        return [(height // factor, width // factor) for factor in self.factors]
+
+    def _global_levels(self) -> int:
+        """How many of the levels, coarse to fine, have to be computed whole: up to the last with attention."""
+        reaches = [level.reach for level in cast("list[DecoderLevel]", self.levels)]
+        return max([1, *(i + 1 for i, reach in enumerate(reaches) if reach is None)])
+
+    def _first_in_part(self, latents: Pyramid, regions: Regions) -> int:
+        """The first level of which windows are less work than the whole."""
+        sizes = self._sizes(latents)
+        first = self._global_levels()
+        while first < len(sizes):
+            (step, *_), _ = plan(regions, sizes[first:], self._reaches(first))
+            height, width = sizes[first]
+            if len(regions.corners) * step.above.height * step.above.width < latents[0].shape[0] * height * width:
+                break
+            first += 1
+        return first
+
+    def _reaches(self, first: int) -> list[int]:
+        reaches = [level.reach for level in cast("list[DecoderLevel]", self.levels)[first:]]
+        return [reach for reach in reaches if reach is not None]
+
+    def _finish(self, h: Tensor, rgb: Tensor | None, latents: Pyramid, first: int, regions: Regions) -> Tensor:
+        """The levels from `first` on, in part."""
+        steps, final = plan(regions, self._sizes(latents)[first:], self._reaches(first))
+        _, image = self._run(h, rgb, latents, range(first, len(self.factors)), steps)
+        assert image is not None, "RGB leaves the finest level"
+        return final(image)
+
+    def _run(
+        self, h: Tensor | None, rgb: Tensor | None, latents: Pyramid, levels: range, steps: list[Step] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some levels, coarse to fine: features and RGB (where it leaves already) of the one before to those of the
+        last. With `steps`, one a level, in part."""
+        by_factor = dict(zip(self.latent_factors, latents, strict=True))
+        for n, i in enumerate(levels):
+            level, factor = cast(DecoderLevel, self.levels[i]), self.factors[i]
+            step = None if steps is None else steps[n]
             if factor in self.checkpoint_factors and torch.is_grad_enabled():
-                h, features = checkpoint(level, h, latent, use_reentrant=False)
+                h, features = checkpoint(level, h, by_factor.get(factor), step, use_reentrant=False)
             else:
-                h, features = level(h, latent)
-            if rgb is not None:
-                rgb = bilinear_up(rgb)  # nearest would make every finer level learn to undo blocks
+                h, features = level(h, by_factor.get(factor), step)
+            if rgb is not None:  # nearest would make every finer level learn to undo blocks
+                rgb = bilinear_up(rgb) if step is None else step.above(bilinear_up(step.below(rgb)))
             if features is not None and level.to_rgb is not None:
                 addition = level.to_rgb(features)
                 rgb = addition if rgb is None else rgb + addition
-        assert rgb is not None
-        return rgb
+        assert h is not None, "there is at least one level"
+        return h, rgb

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import PixelNorm, conv2d, full_precision
+from pyramid_ldm.nn.layers import conv2d, full_precision
+from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
 from pyramid_ldm.nn.resample import box_down, max_down
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
@@ -32,7 +32,7 @@ class LatentHead(nn.Module):
             nn.init.constant_(self.conv.bias[channels:], INITIAL_LOG_VARIANCE)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = F.silu(self.norm(x))
+        features = norm_silu(self.norm, x)
         with full_precision(x.device):
             moments: Tensor = self.conv(features.to(self.conv.weight.dtype))
         return moments

@@ -165,6 +165,19 @@ class LossConfig:
 
 
 @dataclass
+class AutoencoderTrainConfig(TrainConfig):
+    """How stage one looks at an image: the encoder and the levels with attention always see all of it."""
+
+    regions: int = 0  # reconstruct and judge only so many random parts of each image; 0: all of it
+    region_size: int = 512  # pixels a side
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.regions >= 0, f"train.regions is {self.regions}; give 0 or more")
+        require(self.region_size >= 1, f"train.region_size is {self.region_size}; it must be at least 1")
+
+
+@dataclass
 class AutoencoderTraining:
     """Everything `train-ae` reads."""
 
@@ -177,7 +190,7 @@ class AutoencoderTraining:
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

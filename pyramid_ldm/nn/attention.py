@@ -24,8 +24,18 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Softmax over the H * W positions: O((HW)^2)."""
     height = q.shape[2]
     q, k, v = (rearrange(x, "b (n c) h w -> b n (h w) c", n=heads) for x in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q, k, v)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        mixed = _by_rows(q, k, v)
+    else:
+        mixed = F.scaled_dot_product_attention(q, k, v)
     return rearrange(mixed, "b n (h w) c -> b (n c) h w", h=height)
+
+
+def _by_rows(q: Tensor, k: Tensor, v: Tensor, rows: int = 512) -> Tensor:
+    """Softmax attention, a block of queries at a time: on a CPU, bfloat16 matrix products are over twice as fast as
+    PyTorch's fused kernel, which multiplies in smaller blocks."""
+    q = q * q.shape[-1] ** -0.5
+    return torch.cat([(part @ k.transpose(-1, -2)).softmax(dim=-1) @ v for part in q.split(rows, dim=2)], dim=2)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

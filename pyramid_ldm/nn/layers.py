@@ -1,4 +1,4 @@
-"""Convolutions, norms, spectral norm and the decreasing dropout schedule."""
+"""Convolutions, spectral norm, group norm and the decreasing dropout schedule."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -135,22 +135,14 @@ class ZeroConv2d(nn.Module):
             nn.init.zeros_(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x)
-        return y if self.gain is None else y * self.gain
-
-
-class PixelNorm(nn.Module):
-    """RMS over the channels of each pixel with a learned scale: strictly local in space (as in DC-AE)."""
-
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Channels last in memory, so the permuted view is contiguous and the fused kernel applies.
-        last = x.permute(0, 2, 3, 1)
-        return F.rms_norm(last, (x.shape[1],), self.weight.to(x.dtype), self.eps).permute(0, 3, 1, 2)
+        conv = self.conv
+        if self.gain is None:
+            y: Tensor = conv(x)
+            return y
+        # On the weight: the output may be thousands of times as large.
+        weight = conv.spectral(conv.weight) if isinstance(conv, SpectralConv2d) and conv.spectral else conv.weight
+        assert conv.bias is not None
+        return conv._conv_forward(x, weight * self.gain[..., None], conv.bias * self.gain.flatten())
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -163,7 +155,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 def rescaled_sum(a: Tensor, b: Tensor) -> Tensor:
     """(a + b) / sqrt 2: keeps unit variance (NCSN++'s skip_rescale)."""
-    return (a + b) * math.sqrt(0.5)
+    return (a + b).mul_(math.sqrt(0.5))
 
 
 def decreasing_dropout(levels: int, highest: float) -> list[float]:

@@ -8,7 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyramid_ldm.nn.attention import head_count
-from pyramid_ldm.nn.layers import PixelNorm, ZeroConv2d, conv2d, group_norm, linear, rescaled_sum
+from pyramid_ldm.nn.layers import ZeroConv2d, conv2d, group_norm, linear, rescaled_sum
+from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
 
 Resample = Callable[[Tensor], Tensor]
 
@@ -55,14 +56,14 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if plain else conv2d(inputs, outputs, 1, spectral_norm=spectral_norm)
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
+        h = norm_silu(self.norm1, x)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
         h = self.conv1(h)
         if self.embedding is not None:
             assert embedding is not None
             h = h + self.embedding(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
         return rescaled_sum(self.shortcut(x), h)
 
 
@@ -80,7 +81,7 @@ class Resampling(nn.Module):
         self.shortcut = conv2d(inputs, outputs, 1, spectral_norm=spectral_norm) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h: Tensor = self.conv(self.resample(F.silu(self.norm(x))))
+        h: Tensor = self.conv(self.resample(norm_silu(self.norm, x)))
         return h if self.shortcut is None else rescaled_sum(self.resample(self.shortcut(x)), h)
 
 

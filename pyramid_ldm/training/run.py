@@ -20,7 +20,8 @@ from pyramid_ldm.files import write_atomic, write_json
 from pyramid_ldm.training.runtime import Runtime
 
 # May differ from one start of a run to the next; everything else is what the run *is*.
-MUTABLE = ("device", "compile", "precision", "train.images", "train.max_nonfinite", "data.workers", "data.root",
+MUTABLE = ("device", "compile", "precision", "train.images", "train.regions", "train.region_size",
+           "train.max_nonfinite", "data.workers", "data.root",
            "data.shards", "data.max_bad_fraction", "log.", "checkpoint.", "samples.", "run_dir")  # fmt: skip
 
 Batch = TypeVar("Batch")

@@ -11,6 +11,7 @@ from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator, hinge_loss
 from pyramid_ldm.autoencoder.loss import AutoencoderLoss, discriminator_learns
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoder.regions import Regions
 from pyramid_ldm.config.autoencoder import AutoencoderTraining
 from pyramid_ldm.data.images import ImageFile, find_images, folder_fingerprint, split_held_out
 from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images, load_held_out
@@ -191,14 +192,18 @@ def accumulate(
     noise = None
     if config.model.latent == "kl":
         noise = pyramid_noise(shapes, config.seed, "posterior", batch.positions)
-    scale = 1 / config.train.accumulate
+    scale, train = 1 / config.train.accumulate, config.train
+    regions = None
+    if train.regions:
+        regions = Regions.draw(train.regions, train.region_size, config.image_size, config.seed, batch.positions)
     with runtime.autocast():
-        output = model(images, noise)
+        output = model(images, noise, regions)
+        target = images if regions is None else regions.cut(images)
         terms = state.loss.accumulate_gradients(
-            output, images, state.autoencoder.decoder.last_weight, state.images_seen, scale
+            output, target, state.autoencoder.decoder.last_weight, state.images_seen, scale
         )
         if judge is not None and discriminator_learns(config.loss.gan, state.images_seen):
-            real, fake = judge(torch.cat([images, output.reconstruction.detach()])).chunk(2)
+            real, fake = judge(torch.cat([target, output.reconstruction.detach()])).chunk(2)
             disc = hinge_loss(real, fake)
             terms |= {"disc": disc.detach(), "logits_real": real.mean(), "logits_fake": fake.mean()}
     if "disc" in terms:
@@ -244,9 +249,9 @@ def examine(
     shown, values = [], []
     for image in images.split(1):
         with runtime.autocast():
-            decoded = averaged.decode(averaged.encode(image).mode()).float().clamp(-1, 1)
+            decoded = averaged.decode_tiled(averaged.encode(image).mode()).float().clamp(-1, 1)
         shown.append(decoded)
-        lpips = float("nan") if state.loss.perceptual is None else float(state.loss.perceptual(decoded, image))
+        lpips = float("nan") if state.loss.perceptual is None else state.loss.perceptual.in_parts(decoded, image)
         values.append((float(psnr(decoded, image)), lpips))
     mean_psnr, mean_lpips = torch.tensor(values).mean(dim=0).tolist()
     ratio = local_lipschitz(lambda x: averaged.encode(x).mode(), images[:1])
@@ -276,11 +281,16 @@ def describe(config: AutoencoderTraining, state: State, runtime: Runtime, train:
         for part in (state.autoencoder.encoder, state.autoencoder.decoder)
     )
     levels = " + ".join(f"{h}x{w}x{c}" for c, h, w in level_shapes(state.autoencoder.levels, config.image_size))
+    regions = (
+        f"; the loss sees {config.train.regions} random regions of {config.train.region_size} pixels a side"
+        if config.train.regions
+        else ""
+    )
     beginning = f"resuming at {state.images_seen}" if state.images_seen else "from the start"
     return rounding_note(config.train.images, total) + (
         f"train-ae: {train} images to train on, {held_out} held out, {config.image_size[0]}x{config.image_size[1]}\n"
         f"latents {levels}, 1:{state.autoencoder.compression_ratio():.1f}; "
-        f"encoder {encoder:.1f} M, decoder {decoder:.1f} M parameters\n"
+        f"encoder {encoder:.1f} M, decoder {decoder:.1f} M parameters{regions}\n"
         f"{beginning}, to {total} images; {runtime.device}, {'bf16' if runtime.bf16 else 'fp32'}, "
         f"{runtime.ranks} process(es); run directory {config.run_dir}"
     )
