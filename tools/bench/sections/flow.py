@@ -1,0 +1,42 @@
+"""One evaluation of the generator."""
+
+from bench import ours, peers
+from bench.measuring import measure_subject
+from bench.results import Figures
+from bench.section import Section
+from bench.sections.coding import label
+from bench.settings import Item, Settings, interleave
+from bench.tables import COST
+
+
+def items(settings: Settings) -> list[Item]:
+    """Ours and the peers at the latents of every size that a config is shipped for."""
+    found = []
+    for size, config in ours.configs(settings).items():
+        own = [Item("flow", label(size), f"ours: {config}", {"config": config}, reference=True)]
+        others = [
+            Item("flow", label(size), name, {"peer": name, "size": size}, needs="diffusers")
+            for name in peers.GENERATORS
+        ]
+        found += interleave(own, others)
+    return found
+
+
+def measure(item: Item, settings: Settings) -> Figures:
+    """One evaluation, batch 1."""
+    if "peer" in item.params:
+        build = peers.generator_builder(item.params["peer"], tuple(item.params["size"]), settings)
+    else:
+        build = ours.flow_builder(item.params["config"], settings)
+    return measure_subject(build, settings)
+
+
+SECTION = Section(
+    title="One evaluation of the generator",
+    about="Batch 1, without guidance, at the latents of an image of the given size: f4 latents of 3 channels, f8 of 4, "
+    "f32 of 32, f64 of 128; ours: the pyramid of the config.",
+    columns=COST,
+    items=items,
+    measure=measure,
+    needs_ceiling=True,
+)
