@@ -11,7 +11,7 @@ import pyramid_ldm
 PACKAGE = Path(pyramid_ldm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a part may import beside itself. A part is a folder of the package, or a module at its top.
-BASE = {"errors", "files", "randomness", "pyramid", "memory"}
+BASE = {"errors", "files", "randomness", "pyramid", "memory", "allocator"}
 ALLOWED = {
     "config": set(),
     "nn": set(),

@@ -21,8 +21,8 @@ CONFIGS = {
     "deep branch": {"levels": ((16, 4), (4, 4)), "attention__max_tokens": 0, "decoder__branch_blocks": 3},
     "vq": {"levels": ((16, 4), (8, 4)), "latent": "vq", "codebook_size": 16},
     "one level": {"levels": ((1, 4),), "attention__max_tokens": 0},
-    "attention everywhere": {"levels": ((8, 4),), "attention__max_tokens": 1 << 20},
 }
+ALL_GLOBAL = {"levels": ((8, 4),), "attention__max_tokens": 1 << 20}
 SIZES = [(128, 128), (64, 160), (224, 64)]
 
 
@@ -61,6 +61,14 @@ def test_a_region_is_that_part_of_the_image(changes, size):
             torch.testing.assert_close(
                 part, whole[:, :, top : top + height, left : left + width], atol=1e-4, rtol=0, msg=f"region {region}"
             )
+
+
+def test_with_attention_everywhere_all_of_it_is_computed():
+    model, latents = model_and_latents(ALL_GLOBAL, (32, 48), batch=1)
+    with torch.no_grad():
+        whole = model.decode(latents)
+        torch.testing.assert_close(model.decode(latents, region=(3, 5, 8, 9)), whole[:, :, 3:11, 5:14])
+        torch.testing.assert_close(model.decode_tiled(latents, 16), whole)
 
 
 @pytest.mark.parametrize("tile", [16, 40, 1000])

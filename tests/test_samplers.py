@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from pyramid_ldm.flow.samplers import SamplerError, euler, rk45
+from pyramid_ldm.flow.samplers import SamplerError, dopri5, euler, rk45
 from pyramid_ldm.pyramid import flatten
 
 
@@ -37,11 +37,12 @@ def test_euler_evaluates_on_the_reference_grid_and_moves_by_one():
         torch.testing.assert_close(z1, z0 + 1, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("solve", [rk45, dopri5])
 @pytest.mark.parametrize("field", [lambda z, t: -2 * z, lambda z, t: torch.cos(5 * t) * z + t, lambda z, t: -(z**3)])
-def test_rk45_agrees_with_scipy(field):
+def test_rk45_agrees_with_scipy(field, solve):
     noise = pyramid(batch=1)
     velocity = Recorded(field)
-    ours = flatten(rk45(velocity, noise).latents)[0]
+    ours = flatten(solve(velocity, noise).latents)[0]
 
     def flat_field(t, y):
         return field(torch.from_numpy(y), torch.tensor(t)).numpy()
@@ -60,18 +61,49 @@ def test_rk45_never_asks_beyond_the_end_even_for_a_field_that_invites_large_step
     assert max(velocity.times) <= 1
 
 
-def test_rk45_solves_every_sample_of_a_batch_at_least_as_well_as_alone():
-    """One stiff sample in a large easy batch must not be averaged away."""
+def stiffness_as_a_latent(latents, t):
+    """A first level of one value a sample, its rate, stays; the others swing with it."""
+    rate, *others = latents
+    return torch.zeros_like(rate), *(rate * torch.cos(40 * t).view(-1, 1, 1, 1) * torch.ones_like(z) for z in others)
+
+
+def test_rk45_solves_every_sample_of_a_batch_as_it_does_alone():
+    """One stiff sample in a large easy batch is not averaged away, and does not make the others take its steps."""
     rates = torch.tensor([0.1] * 31 + [40.0]).view(-1, 1, 1, 1)
-    noise = (torch.ones(32, 1, 1, 1), torch.ones(32, 1, 8, 8))
+    noise = (rates, torch.ones(32, 1, 1, 1), torch.ones(32, 1, 8, 8))
+    together = rk45(stiffness_as_a_latent, noise)
+    exact = 1 + rates * (math.sin(40) - math.sin(0.04)) / 40
+    for level in together.latents[1:]:
+        assert (level - exact).abs().max() < 1e-3
+    for k in (0, 31):
+        alone = rk45(stiffness_as_a_latent, tuple(level[k : k + 1] for level in noise))
+        assert alone.nfe == alone.sample_nfe[0] == together.sample_nfe[k]
+        for a, b in zip(alone.latents, together.latents, strict=True):
+            torch.testing.assert_close(a[0], b[k], atol=1e-5, rtol=0)
+    assert together.sample_nfe[0] < together.sample_nfe[31] == together.nfe
+
+
+def test_rk45_leaves_finished_samples_out():
+    sizes = []
 
     def velocity(latents, t):
-        return tuple(rates * torch.cos(40 * t).view(-1, 1, 1, 1) * torch.ones_like(z) for z in latents)
+        sizes.append(len(t))
+        return stiffness_as_a_latent(latents, t)
 
-    solution = rk45(velocity, noise)
-    exact = 1 + rates * (math.sin(40) - math.sin(0.04)) / 40
-    for level in solution.latents:
-        assert (level - exact).abs().max() < 1e-3
+    rates = torch.tensor([40.0, 0.1, 0.1]).view(-1, 1, 1, 1)
+    solution = rk45(velocity, (rates, torch.ones(3, 1, 2, 2)))
+    assert sizes[0] == 3
+    assert sizes[-1] == 1
+    assert sum(sizes) == sum(solution.sample_nfe)
+
+
+def test_rk45_takes_torchdiffeqs_path_with_one_sample():
+    """The same tableau, control and first step: within a step, and as near to each other as to the truth."""
+    for field in (lambda z, t: -2 * z, lambda z, t: torch.cos(5 * t) * z + t, lambda z, t: -(z**3)):
+        ours, theirs = (solve(Recorded(field), pyramid(batch=1)) for solve in (rk45, dopri5))
+        assert abs(ours.nfe - theirs.nfe) <= 6
+        for a, b in zip(ours.latents, theirs.latents, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
 def test_a_small_level_is_not_drowned_by_a_large_one():

@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,15 @@ class PyramidAutoencoder(nn.Module):
             latents = posterior.sample(noise)
             loss = perplexity = latents[0].new_zeros(())
         return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, perplexity)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles in place, a part at a time: where windows are cut changes with every region, and stays outside."""
+        for level in self.encoder.levels:
+            level.compile(**options)
+        for level in self.decoder.levels:
+            for part in (level.up, level.branch, level.blocks):
+                if isinstance(part, nn.Module):
+                    part.compile(**options)
 
     def compression_ratio(self) -> float:
         """Image values per latent value: 256.0 means 1:256."""

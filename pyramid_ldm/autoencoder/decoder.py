@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.autoencoder.regions import Regions, Step, plan
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, full_precision
+from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, float32_conv2d
 from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
 from pyramid_ldm.nn.resample import bilinear_up, nearest_up
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
@@ -65,7 +65,7 @@ class ToRGB(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = PixelNorm(width)
-        self.conv = conv2d(width, 3, 1)
+        self.conv = float32_conv2d(width, 3, 1)
         with torch.no_grad():
             self.conv.weight.mul_(0.1)  # RGB is summed over every resolution: start near grey, not with 1.5 of noise
 
@@ -74,8 +74,7 @@ class ToRGB(nn.Module):
         return norm_silu(self.norm, h)
 
     def forward(self, features: Tensor) -> Tensor:
-        with full_precision(features.device):
-            result: Tensor = self.conv(features.to(self.conv.weight.dtype))
+        result: Tensor = self.conv(features)
         return result
 
 
@@ -99,7 +98,7 @@ class DecoderLevel(nn.Module):
         super().__init__()
         self.up = Resampling(previous_width, width, nearest_up, residual=residual) if previous_width else None
         self.branch = branch
-        self.blocks = nn.ModuleList()
+        self.blocks = nn.Sequential()
         for _ in range(blocks):
             self.blocks.append(ResidualBlock(width, width, dropout=dropout, local=True, zero_init=False))
             self.blocks.append(
@@ -128,8 +127,7 @@ class DecoderLevel(nn.Module):
             entering = self.branch(latent if step is None else step.latent(latent))
             h = entering if h is None else h + entering
         assert h is not None, "the coarsest level always has a latent"
-        for block in self.blocks:
-            h = block(h)
+        h = self.blocks(h)
         return h, None if self.to_rgb is None else self.to_rgb.features(h)
 
 

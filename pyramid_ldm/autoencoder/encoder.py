@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import conv2d, full_precision
+from pyramid_ldm.nn.layers import conv2d, float32_conv2d
 from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
 from pyramid_ldm.nn.resample import box_down, max_down
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock
@@ -26,15 +26,13 @@ class LatentHead(nn.Module):
     def __init__(self, inputs: int, channels: int, moments: int) -> None:
         super().__init__()
         self.norm = PixelNorm(inputs)
-        self.conv = conv2d(inputs, moments * channels, 1)
+        self.conv = float32_conv2d(inputs, moments * channels, 1)
         if moments == 2:
             assert self.conv.bias is not None
             nn.init.constant_(self.conv.bias[channels:], INITIAL_LOG_VARIANCE)
 
     def forward(self, x: Tensor) -> Tensor:
-        features = norm_silu(self.norm, x)
-        with full_precision(x.device):
-            moments: Tensor = self.conv(features.to(self.conv.weight.dtype))
+        moments: Tensor = self.conv(norm_silu(self.norm, x))
         return moments
 
 

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="index of the first image (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNGs, grid.png and samples.jsonl")
-    parser.add_argument("--solver", default="rk45", choices=["rk45", "euler"], help="default: rk45")
+    parser.add_argument("--solver", default="rk45", choices=["rk45", "euler", "dopri5"], help="default: rk45")
+    parser.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
     parser.add_argument("--steps", type=int, default=200, help="Euler's steps (default: 200)")
     parser.add_argument("--rtol", type=float, default=1e-5, help="RK45's relative tolerance (default: 1e-5)")
     parser.add_argument("--atol", type=float, default=1e-5, help="RK45's absolute tolerance (default: 1e-5)")
@@ -33,12 +34,17 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.pipeline import SolverOptions
     from pyramid_ldm.training.runtime import start
 
-    options = SolverOptions(arguments.solver, arguments.steps, arguments.rtol, arguments.atol, arguments.max_nfe)
+    options = SolverOptions(
+        arguments.solver,
+        arguments.steps,
+        arguments.rtol,
+        arguments.atol,
+        arguments.max_nfe,
+        bf16=None if arguments.precision == "auto" else arguments.precision == "bf16",
+    )
     if arguments.num < 1 or arguments.batch_size < 1 or arguments.first < 0:
         raise UserError("--num and --batch-size must be at least 1, --first at least 0")
-    # RK45 chooses its steps by differences of 1e-5: bfloat16's rounding would pass for error and cost evaluations.
-    exact = arguments.solver == "rk45" and arguments.precision == "auto"
-    runtime = start(arguments.device, "fp32" if exact else arguments.precision)
+    runtime = start(arguments.device, arguments.precision)
     indices = list(range(arguments.first, arguments.first + arguments.num))
     sample_to_folder(
         arguments.flow,
@@ -49,6 +55,7 @@ def run(arguments: argparse.Namespace) -> bool:
         batch_size=arguments.batch_size,
         device=runtime.device,
         bf16=runtime.bf16,
+        compile_flow=arguments.compile,
     )
     runtime.barrier()
     if runtime.main:

@@ -28,6 +28,7 @@ def sample_to_folder(
     batch_size: int,
     device: torch.device,
     bf16: bool,
+    compile_flow: bool = False,
 ) -> list[Path]:
     """Draws images `indices` of `seed`; returns their paths. Each is on disk as soon as its batch is done.
 
@@ -36,8 +37,14 @@ def sample_to_folder(
     if not indices:
         return []
     pipeline = PyramidPipeline.from_pretrained(flow).to(device)
+    if compile_flow:
+        pipeline.compile()
     out.mkdir(parents=True, exist_ok=True)
-    solver = f"euler, {options.steps} steps" if options.solver == "euler" else f"rk45, tolerance {options.rtol:g}"
+    solver = (
+        f"euler, {options.steps} steps"
+        if options.solver == "euler"
+        else f"{options.solver}, tolerance {options.rtol:g}"
+    )
     height, width = pipeline.autoencoder.config.image_size
     print(
         f"sample: {len(indices)} images of {height}x{width}, seed {seed}, {solver}, batch {batch_size}, {device}; "
@@ -54,10 +61,10 @@ def sample_to_folder(
         stream = pipeline.stream(indices, seed, options, batch_size=batch_size, bf16=bf16, progress=progress)
         for output in stream:
             seconds = (time.monotonic() - began) / len(output.images)
-            for image in output.images:
+            for image, nfe in zip(output.images, output.image_nfe, strict=True):
                 index = indices[len(paths)]
                 record = {
-                    "seed": seed, "index": index, "solver": options.solver, "nfe": output.nfe,
+                    "seed": seed, "index": index, "solver": options.solver, "nfe": nfe,
                     "checkpoint": pipeline.checkpoint,
                 }  # fmt: skip
                 path = picture_path(out, seed, index)

@@ -2,13 +2,15 @@
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -102,6 +104,31 @@ def conv2d(inputs: int, outputs: int, kernel: int = 3, *, spectral_norm: bool = 
     """Size-preserving convolution, Xavier-uniform, zero bias (NCSN++: variance scaling, fan_avg)."""
     kind = SpectralConv2d if spectral_norm else nn.Conv2d
     return _initialised(kind(inputs, outputs, kernel, padding=kernel // 2))
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution in float32, whatever surrounds it: for what bfloat16 would spoil."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with full_precision(x.device):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def float32_conv2d(inputs: int, outputs: int, kernel: int = 3) -> Float32Conv2d:
+    """As `conv2d`."""
+    return _initialised(Float32Conv2d(inputs, outputs, kernel, padding=kernel // 2))
+
+
+def to_bfloat16(model: Model) -> Model:
+    """A copy for inference under bfloat16 autocast whose convolutions and linear layers hold bfloat16 weights already:
+    autocast would convert each of them at every call. `Float32Conv2d` and everything else stays as it is."""
+    copy = deepcopy(model).requires_grad_(False)
+    fold_spectral_norm(copy)
+    for module in copy.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, Float32Conv2d):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
+    return copy
 
 
 def linear(inputs: int, outputs: int, *, spectral_norm: bool = False) -> nn.Linear:

@@ -10,10 +10,12 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch._dynamo as dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pyramid_ldm.allocator import keep_freed_memory
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.randomness import derive_seed
 
@@ -39,7 +41,8 @@ class Runtime:
     def wrap(self, model: nn.Module, compile_model: bool = False) -> nn.Module:
         """The module to call in training: compiled if asked, DDP if there are several processes."""
         if compile_model:
-            model = torch.compile(model)  # type: ignore[assignment]
+            dynamo.config.recompile_limit = 256  # compiled parts share their code, not their shapes
+            model.compile(dynamic=False)
         if self.ranks == 1:
             return model
         # Spectral-norm vectors move by an explicit call, alike on every rank: nothing to broadcast.
@@ -83,6 +86,8 @@ def start(device: str, precision: str) -> Runtime:
     """Picks device and precision, and joins the other processes when started by torchrun."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True

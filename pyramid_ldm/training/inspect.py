@@ -1,0 +1,210 @@
+"""What a directory is: a run, a model, a checkpoint or latent shards, as a few lines of text."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, load_saved
+from pyramid_ldm.data.shards import INDEX, LatentCache
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.files import read_json
+from pyramid_ldm.pipeline import MANIFEST
+from pyramid_ldm.pyramid import compression_ratio
+from pyramid_ldm.training.budget import describe_latents, flops, gib, kind_of_config, load_training, millions, table
+from pyramid_ldm.training.checkpoint import checkpoint_directories, find_fault
+from pyramid_ldm.training.cost import (
+    build_autoencoder,
+    build_flow,
+    count,
+    fake_tensors,
+    measure_decode,
+    measure_encode,
+    measure_evaluation,
+)
+from pyramid_ldm.training.encode import AUTOENCODER
+from pyramid_ldm.training.runtime import Runtime
+
+FP32 = Runtime(torch.device("cpu"), False)
+
+
+def describe(path: Path) -> str:
+    """What `path` is, a property a line. UserError where it is nothing of ours, or damaged."""
+    if not path.exists():
+        raise UserError(f"{path}: no such directory")
+    if path.is_file():
+        hint = "; what a config will cost: `pyramid-ldm info --cost`" if kind_of_config(path) else ""
+        raise UserError(f"{path}: is a file; give a run, model, checkpoint or shard directory{hint}")
+    if (path / INDEX).is_file() or any(path.glob("[0-9]*.safetensors")):
+        return table(shards(path))
+    if (path / MANIFEST).is_file():
+        return table(pipeline(path))
+    if (path / "state.pt").is_file():
+        return table(checkpoint(path))
+    config = path / "config.yaml"
+    match kind_of_config(config) if config.is_file() else None:
+        case "train-ae" | "train-flow":
+            return table(run(path))
+        case "autoencoder" | "flow":
+            return table(network(path))
+    raise UserError(f"{path}: is no run, model, checkpoint or shard directory of pyramid-ldm")
+
+
+def run(path: Path) -> dict[str, str]:
+    """A run directory of either stage."""
+    config = load_training(path / "config.yaml")
+    stage = "train-ae" if isinstance(config, AutoencoderTraining) else "train-flow"
+    kept = checkpoint_directories(path)
+    seen = int(kept[-1].name) if kept else 0
+    rows = {
+        "what": f"run directory of {stage}",
+        "size": describe_files(path),
+        "images seen": f"{seen} of {config.train.images}" + ("" if seen else "; no checkpoint yet"),
+        "checkpoints": ", ".join(f"{d.name} ({gib(total_bytes([d]))})" for d in kept) or "none",
+    }
+    if (path / "model" / MANIFEST).is_file():
+        rows |= {name: value for name, value in pipeline(path / "model").items() if name not in ("what", "size")}
+    elif (path / "model" / "config.yaml").is_file():
+        rows |= {name: value for name, value in network(path / "model").items() if name not in ("what", "size")}
+    elif isinstance(config, AutoencoderTraining):
+        rows |= describe_autoencoder(config.model)
+    return rows | provenance(path)
+
+
+def provenance(path: Path) -> dict[str, str]:
+    """How a run was last started; empty where that is not known."""
+    if not (path / "provenance.json").is_file():
+        return {}
+    found = read_json(path / "provenance.json", "it only records how the run was started, delete it")
+    versions = ", ".join(f"{name} {found.get(name)}" for name in ("pyramid_ldm", "torch", "python"))
+    return {
+        "versions": versions,
+        "machine": f"{found.get('machine')}, {found.get('threads')} threads",
+        "git commit": str(found.get("git_commit") or "none"),
+        "command": " ".join(map(str, found.get("argv", []))),
+        "data": str(found.get("data_fingerprint")),
+    }
+
+
+def network(path: Path) -> dict[str, str]:
+    """A model directory of one network."""
+    kind = kind_of_config(path / "config.yaml")
+    rows = {"what": f"model directory: {kind}", "size": describe_files(path)}
+    if not (path / "model.safetensors").is_file():
+        raise UserError(f"{path / 'model.safetensors'}: not found; copy the model directory whole")
+    if kind == "autoencoder":
+        return rows | describe_autoencoder(load_saved(AutoencoderConfig, path / "config.yaml"))
+    return rows | describe_flow(load_saved(FlowConfig, path / "config.yaml"))
+
+
+def pipeline(path: Path) -> dict[str, str]:
+    """A flow's model directory, with its autoencoder."""
+    parts = {name: path / name / "config.yaml" for name in ("flow", "autoencoder")}
+    for config in parts.values():
+        if not config.is_file():
+            raise UserError(f"{config}: not found; copy the model directory whole")
+    manifest = read_json(path / MANIFEST, "copy the model directory whole")
+    autoencoder = load_saved(AutoencoderConfig, parts["autoencoder"])
+    scales = [sum(level) / len(level) for level in manifest["scaling"]["std"]]
+    return {
+        "what": "model directory: flow with its autoencoder",
+        "size": describe_files(path),
+        **describe_autoencoder(autoencoder),
+        **describe_flow(load_saved(FlowConfig, parts["flow"])),
+        "latent std": ", ".join(f"{scale:.3g}" for scale in scales),
+    }
+
+
+def describe_autoencoder(config: AutoencoderConfig) -> dict[str, str]:
+    """Image size, latents, parameters, FLOPs of an image."""
+    with fake_tensors():
+        model = build_autoencoder(config)
+        encode, decode = measure_encode(model, 1, FP32), measure_decode(model, FP32)
+        encoder, decoder = count(model.encoder), count(model.decoder)
+    return {
+        "images": f"{config.image_size[0]}x{config.image_size[1]}",
+        "latents": f"{describe_latents(config)}, {'codebooks' if config.latent == 'vq' else 'Gaussian'}",
+        "autoencoder": f"encoder {millions(encoder)}, decoder {millions(decoder)} parameters; "
+        f"FLOPs an image: encode {flops(encode.flops)}, decode {flops(decode.flops)}",
+    }
+
+
+def describe_flow(config: FlowConfig) -> dict[str, str]:
+    """Parameters and FLOPs of an evaluation."""
+    with fake_tensors():
+        model = build_flow(config)
+        evaluation = measure_evaluation(model, FP32)
+        parameters = count(model)
+    return {
+        "flow": f"{millions(parameters)} parameters; FLOPs an image: one evaluation {flops(evaluation.flops)}",
+        "attention": f"{config.attention} at factors {', '.join(map(str, config.attention_factors or [])) or 'none'}",
+    }
+
+
+def checkpoint(path: Path) -> dict[str, str]:
+    """A training state; its hash is checked."""
+    fault = find_fault(path)
+    if fault is not None:
+        raise UserError(f"{path}: {fault}; `train-*` would fall back to the checkpoint before it")
+    state: dict[str, Any] = torch.load(path / "state.pt", map_location="meta", weights_only=True, mmap=True)
+    networks = [name for name in ("autoencoder", "discriminator", "network") if state.get(name)]
+    stage = "train-ae" if "autoencoder" in networks else "train-flow"
+    # Averages are of parameters; a network's own entry also holds buffers.
+    parameters = sum(tensor.numel() for tensor in next(iter(state["ema"].values())).values())
+    return {
+        "what": f"checkpoint of {stage}, whole",
+        "size": describe_files(path),
+        "images seen": str(state["images_seen"]),
+        "networks": ", ".join(networks) + f"; {millions(parameters)} parameters are averaged",
+        "averages": "widths " + ", ".join(state["ema"]),
+        "skipped steps": str(state.get("nonfinite", {}).get("count", "not recorded")),
+        **({"run": str(path.parent.parent)} if (path.parent.parent / "config.yaml").is_file() else {}),
+    }
+
+
+def shards(path: Path) -> dict[str, str]:
+    """A shard directory, finished or not."""
+    rows = {"what": "latent shards", "size": describe_files(path)}
+    if not (path / INDEX).is_file():
+        done = len(list(path.glob("[0-9]*.safetensors")))
+        return rows | {"state": f"unfinished: {done} shards, no {INDEX}; run the same `pyramid-ldm encode` again"}
+    try:
+        cache = LatentCache(path)
+    except TypeError:  # the index's plan has other keys
+        raise UserError(f"{path / INDEX}: was written by another version of pyramid-ldm; run encode again") from None
+    plan, splits = cache.plan, Counter(row.split for row in cache.rows)
+    shapes = " + ".join(f"{h}x{w}x{c}" for c, h, w in plan.shapes())
+    stds = ", ".join(f"{level['std']:.3g}" for level in cache.statistics)
+    rows |= {
+        "records": f"{len(cache.rows)} in {len(cache.shards)} shards: {splits['train']} to train on, "
+        f"{splits['held_out']} held out; {len({row.source for row in cache.rows})} images",
+        "images": f"{plan.image_size[0]}x{plan.image_size[1]}, "
+        + (f"{plan.crops} random crops, zoom up to {plan.zoom:g}" if plan.crops else "centre crop")
+        + (", with mirrored copies" if plan.flip else ""),
+        "latents": f"{shapes}, 1:{compression_ratio(plan.latent_levels(), plan.image_size):.1f}; a record is "
+        f"{plan.record_length()} values ({'mean and log-variance' if plan.has_variance else 'latents'}), {plan.dtype}",
+        "latent std": stds,
+        "encoded in": plan.precision,
+        "data": plan.data,
+        "autoencoder": plan.autoencoder,
+    }
+    saved = path / AUTOENCODER / "config.yaml"
+    if saved.is_file():
+        rows["autoencoder"] += "; " + describe_autoencoder(load_saved(AutoencoderConfig, saved))["autoencoder"]
+    return rows
+
+
+def describe_files(path: Path) -> str:
+    """Total size, and that of each thing in it, the largest first."""
+    entries = sorted(((total_bytes([entry]), entry) for entry in path.iterdir()), key=lambda pair: (-pair[0], pair[1]))
+    shown = [f"{entry.name}{'/' if entry.is_dir() else ''} {gib(size)}" for size, entry in entries[:8]]
+    more = f", and {len(entries) - 8} more" if len(entries) > 8 else ""
+    return f"{gib(total_bytes([path]))}: " + ", ".join(shown) + more
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    """Of files, and of everything below directories."""
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    return sum(file.stat().st_size for file in files)

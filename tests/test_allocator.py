@@ -1,0 +1,42 @@
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+from pyramid_ldm.allocator import keep_freed_memory
+done = keep_freed_memory() if sys.argv[1] != "leave" else None
+if sys.argv[1] == "only call":
+    sys.exit(print(done))
+import torch
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(64 << 20, dtype=torch.uint8)  # 64 MiB: 16384 pages, above glibc's threshold
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(done, min(faults() for _ in range(8)))  # the heap may have to grow at first
+"""
+
+
+def run(mode, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, mode],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "", **environment},
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_a_freed_block_is_used_again_without_page_faults():
+    kept, faults = run("keep")
+    if kept == "False":
+        pytest.skip("this C library is not glibc")
+    assert int(faults) < 100 < 1000 < int(run("leave")[1])  # 16384 of 4 KiB, or some dozen huge pages
+
+
+def test_the_users_own_settings_are_left_alone():
+    assert run("only call", MALLOC_TRIM_THRESHOLD_="1000")[0] == "False"
+    assert run("only call", GLIBC_TUNABLES="glibc.malloc.arena_max=2")[0] == "False"
