@@ -4,11 +4,14 @@ import pickle
 
 import numpy as np
 import torch
-from conftest import WIDTH
+from conftest import CPU, OPTIONS, WIDTH
 
 from pyramid_ldm.data.order import item_at
+from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents
 from pyramid_ldm.randomness import generator
+from pyramid_ldm.training import encode as encoding
+from pyramid_ldm.training.encode import encode
 
 
 def test_items_depend_on_seed_and_position_alone(finished):
@@ -70,3 +73,12 @@ def test_a_pickled_cache_holds_paths_not_records(finished):
     copy = pickle.loads(pickle.dumps(cache))
     assert copy.shards == [None] * len(cache.shards)
     assert torch.equal(copy.read(3), cache.read(3))
+
+
+def test_a_photograph_is_decoded_once_for_its_plain_and_its_mirrored_record(
+    autoencoder_directory, photographs, tmp_path, monkeypatch
+):
+    loaded = []
+    monkeypatch.setattr(encoding, "load_crop", lambda path, *a, **k: loaded.append(path) or load_crop(path, *a, **k))
+    encode(autoencoder_directory, photographs, tmp_path / "shards", OPTIONS, CPU)
+    assert sorted(loaded) == sorted(str(path) for path in photographs.iterdir())

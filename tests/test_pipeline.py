@@ -102,3 +102,41 @@ def test_what_is_missing_or_foreign_is_named(directory, tmp_path):
 def test_sampling_keeps_no_graph(directory):
     out = PyramidPipeline.from_pretrained(directory)(1, solver="euler", steps=2)
     assert not any(level.requires_grad for level in out.latents)
+
+
+def test_bfloat16_weights_are_converted_once_and_the_heads_stay_exact(directory):
+    """A bfloat16 copy draws about the same picture; what is loaded stays as it is."""
+    pipeline = PyramidPipeline.from_pretrained(directory)
+    exact = pipeline(2, seed=1, solver="euler", steps=4)
+    rounded = pipeline(2, seed=1, solver="euler", steps=4, bf16=True)
+    assert pipeline._network("autoencoder", bf16=True) is pipeline._network("autoencoder", bf16=True)
+    for network in (pipeline.flow, pipeline.autoencoder):
+        assert {p.dtype for p in network.parameters()} == {torch.float32}
+    low = pipeline._network("autoencoder", bf16=True)
+    assert low.decoder.last_weight.dtype == torch.float32
+    assert {p.dtype for n, p in low.named_parameters() if n.endswith("conv1.weight")} == {torch.bfloat16}
+    for a, b in zip(exact.images, rounded.images, strict=True):
+        difference = np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int))
+        assert 0 < difference.max() < 40
+        assert difference.mean() < 4
+
+
+def test_adaptive_steps_are_computed_in_float32_unless_told_otherwise(directory):
+    pipeline = PyramidPipeline.from_pretrained(directory)
+    noise = pyramid_noise(pipeline.flow.shapes, 5, "sample", [0])
+    exact = pipeline.solve(noise, SolverOptions("rk45")).latents
+    for options, same in (
+        (SolverOptions("rk45"), True),
+        (SolverOptions("rk45", rtol=1e-2, atol=1e-2, bf16=True), False),
+    ):
+        found = pipeline.solve(noise, options, bf16=True).latents
+        assert torch.equal(found[0], exact[0]) is same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["euler", "rk45"])
+def test_a_compiled_network_draws_the_same_images(directory, solver):
+    plain, compiled = PyramidPipeline.from_pretrained(directory), PyramidPipeline.from_pretrained(directory).compile()
+    a, b = (pipeline(3, seed=2, solver=solver, steps=5, batch_size=2) for pipeline in (plain, compiled))
+    for left, right in zip(a.images, b.images, strict=True):
+        assert np.abs(np.asarray(left).astype(int) - np.asarray(right).astype(int)).max() <= 1

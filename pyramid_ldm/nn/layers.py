@@ -124,11 +124,16 @@ def to_bfloat16(model: Model) -> Model:
     autocast would convert each of them at every call. `Float32Conv2d` and everything else stays as it is."""
     copy = deepcopy(model).requires_grad_(False)
     fold_spectral_norm(copy)
-    for module in copy.modules():
+    cast_to_bfloat16(copy)
+    return copy
+
+
+def cast_to_bfloat16(model: nn.Module) -> None:
+    """`to_bfloat16` in place, for any model without spectral norm."""
+    for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, Float32Conv2d):
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
-    return copy
 
 
 def linear(inputs: int, outputs: int, *, spectral_norm: bool = False) -> nn.Linear:

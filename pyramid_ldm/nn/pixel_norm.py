@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 CHUNK = 1 << 20  # values normalised at once on a CPU: 4 MiB of float32, which its caches hold
+GPU_CHUNK = 1 << 25  # and in the backward pass elsewhere: half a dozen float32 temporaries of 128 MiB each
 
 
 class PixelNorm(nn.Module):
@@ -55,8 +56,7 @@ class _NormSiLU(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         gradient = gradient.contiguous()
-        chunks = _chunks if x.device.type == "cpu" else lambda whole: (whole.view(-1, whole.shape[-1]),)
-        for part, dy, result in zip(chunks(x), chunks(gradient), chunks(dx), strict=True):
+        for part, dy, result in zip(_chunks(x), _chunks(gradient), _chunks(dx), strict=True):
             values = part.to(wide)
             inverse = _inverse_rms(values, ctx.eps)
             unit = values * inverse
@@ -70,7 +70,8 @@ class _NormSiLU(torch.autograd.Function):
 
 def _chunks(x: Tensor) -> tuple[Tensor, ...]:
     channels = x.shape[-1]
-    return x.view(-1, channels).split(max(1, CHUNK // channels))
+    size = CHUNK if x.device.type == "cpu" else GPU_CHUNK
+    return x.view(-1, channels).split(max(1, size // channels))
 
 
 def _inverse_rms(values: Tensor, eps: float) -> Tensor:

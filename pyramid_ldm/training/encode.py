@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,16 @@ class Views(Dataset[tuple[Tensor | str, int]]):
 
     def __init__(self, views: list[View], plan: Plan) -> None:
         self.views, self.plan = views, plan
+        self.loaded: tuple[View, Tensor] | None = None  # a mirrored view follows its plain one: one decoding for both
 
     def __len__(self) -> int:
         return len(self.views)
 
     def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
         view, plan = self.views[index], self.plan
+        plain = replace(view, mirrored=False)
+        if self.loaded is not None and self.loaded[0] == plain:
+            return (self.loaded[1].flip(-1) if view.mirrored else self.loaded[1]), index
         zoom, top, left = 1.0, 0.5, 0.5
         if view.crop > 0:
             place = (int(view.file.digest[:8], 16), view.crop)
@@ -55,6 +59,7 @@ class Views(Dataset[tuple[Tensor | str, int]]):
             image = load_crop(view.file.path, (plan.image_size[0], plan.image_size[1]), zoom=zoom, top=top, left=left)
         except UnreadableImage as error:
             return str(error), index
+        self.loaded = plain, image
         return (image.flip(-1) if view.mirrored else image), index
 
 

@@ -28,7 +28,7 @@ def describe(settings: Settings) -> dict[str, str]:
         "commit": commit(),
         "device": settings.device,
         "precision": "bf16 autocast" if settings.precision == "bf16" else settings.precision,
-        "both sides": "random weights, channels_last, inference_mode, the same threads; freed memory is kept "
+        "both sides": "random weights, bfloat16 weights and autocast, channels_last, inference_mode, the same threads; freed memory is kept "
         "(pyramid_ldm.allocator.keep_freed_memory)",
     }
     if settings.quick:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.results import Figures
 from bench.settings import Settings, Unavailable
 from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.nn.layers import cast_to_bfloat16
 
 SHORTEST = 1.0  # seconds of timed runs at least, where the budget allows
 Call = Callable[[], object]
@@ -96,8 +97,10 @@ def measure_subject(build: Builder, settings: Settings) -> Figures:
         figures = count(build)
         refuse_hopeless(figures["flops"], settings)
         subject = build(torch.device(settings.device))
-        # Without gradients autocast keeps no bf16 copies of the weights, which would count as activations.
-        model = subject.model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        model = subject.model.eval().requires_grad_(False)
+        if settings.precision == "bf16":
+            cast_to_bfloat16(model)  # once, as for sampling: autocast would at every call
+        model.to(memory_format=torch.channels_last)
         inputs = [channels_last(x) for x in subject.inputs]
         existing = [*model.parameters(), *model.buffers(), *tensors(inputs)]
 
