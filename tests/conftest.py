@@ -20,6 +20,24 @@ torch.set_num_threads(1)  # what tests compute is too small for two
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--accelerator",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="where tests marked gpu run; cpu tries them, smaller, on a machine without one",
+    )
+
+
+@pytest.fixture
+def device(request) -> torch.device:
+    """Of a test marked gpu."""
+    name = request.config.getoption("--accelerator")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"PyTorch {torch.__version__} sees no CUDA device; --accelerator cpu tries this on the CPU")
+    return torch.device(name)
+
+
 def tiny_autoencoder_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> AutoencoderConfig:
     """A few thousand parameters. `changes` are fields of AutoencoderConfig, or of its parts as part__field."""
     depth = levels[0][0].bit_length()

@@ -25,13 +25,19 @@ from pyramid_ldm.training.encode import EncodeOptions, Views, encode_shard, list
 from pyramid_ldm.training.runtime import Runtime
 
 CONFIG, COUNT = "people2k", 16
-READ, LOADER, ENCODE = "reading alone, one thread", "reading alone, the loader", "ours: encode"
+READ, LOADER, ENCODE = "reading alone, one thread", "reading alone, loader", "ours: encode"
+WORKERS = (0, 1, 2)
 
 
 def items(settings: Settings) -> list[Item]:
     """The limit first."""
     group = f"{COUNT} JPEGs of {label(settings.image_size(ours.SIZES[CONFIG]))}"
-    return [Item("encode_files", group, name, reference=name == ENCODE, alone=False) for name in (READ, LOADER, ENCODE)]
+    found = [Item("encode_files", group, READ, alone=False)]
+    for name in (LOADER, ENCODE):
+        for workers in WORKERS:
+            params, reference = {"workers": workers, "kind": name}, (name, workers) == (ENCODE, WORKERS[-1])
+            found.append(Item("encode_files", group, f"{name}, {workers} workers", params, reference, alone=False))
+    return found
 
 
 @cache
@@ -66,12 +72,12 @@ def measure_item(item: Item, settings: Settings) -> Figures:
             lambda: [load_crop(file.path, size, zoom=1.0, top=0.5, left=0.5) for file in files], settings
         )
     device = torch.device(settings.device)
-    options = EncodeOptions(flip=False, validation=0.0, shard_size=len(files))
+    options = EncodeOptions(flip=False, validation=0.0, shard_size=len(files), workers=item.params["workers"])
     runtime = Runtime(device, settings.precision == "bf16")
     autoencoder = ours.autoencoder(CONFIG, settings, device).requires_grad_(False)
     autoencoder.to(memory_format=torch.channels_last)
     plan, views = make_plan(autoencoder, files, options, runtime), list_views(files, options)
-    if item.name == LOADER:
+    if item.params["kind"] == LOADER:
         return figures | measure(lambda: list(readable_batches(Views(views, plan), options)), settings)
 
     def encode() -> None:
@@ -83,7 +89,7 @@ def measure_item(item: Item, settings: Settings) -> Figures:
 
 SECTION = Section(
     title="Encoding a folder",
-    about="The loader has two worker processes. `encode` reads, encodes in batches of 8 and writes a shard.",
+    about="Worker processes of the loader share the machine's cores with the network. `encode` reads, encodes in batches of 8 and writes a shard.",
     columns=(
         TIME,
         IMAGES,
