@@ -75,7 +75,7 @@ def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * std)
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * std)
     return model
 
 

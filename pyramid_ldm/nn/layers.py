@@ -92,12 +92,19 @@ def advance_spectral_norm(model: nn.Module, iterations: int = 1) -> None:
 
 @torch.no_grad()
 def fold_spectral_norm(model: nn.Module, iterations: int = 0) -> None:
-    """Replaces every normalised weight by its value, after `iterations` of power iteration; in place."""
+    """Replaces every normalised weight by its value, after `iterations` of power iteration, with the gain that follows
+    it; in place."""
     for layer, norm in spectral_layers(model):
         if layer.weight.device.type != "meta":
             norm.advance(layer.weight, iterations)
             layer.weight.copy_(norm(layer.weight))
         layer.spectral = None
+    for module in model.modules():
+        if isinstance(module, ZeroConv2d) and module.gain is not None:
+            assert module.conv.bias is not None
+            module.conv.weight.mul_(module.gain[..., None])
+            module.conv.bias.mul_(module.gain.flatten())
+            module.gain = None
 
 
 def conv2d(inputs: int, outputs: int, kernel: int = 3, *, spectral_norm: bool = False) -> nn.Conv2d:
