@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import randomise, tiny_flow
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyramid_ldm.nn import pixel_norm
 from pyramid_ldm.nn.layers import (
@@ -201,3 +202,15 @@ def test_transformer_block_starts_as_the_identity_and_positions_differ():
     encoded = position_encoding(16, 2, 3, x.device)
     assert encoded.shape == (1, 16, 2, 3)
     assert len({tuple(column.tolist()) for column in encoded.flatten(2)[0].T}) == 6
+
+
+@pytest.mark.parametrize(("channels", "size"), [((5, 7), (1, 1)), ((5, 7), (1, 2)), ((8, 8), (4, 8))])
+def test_a_convolution_of_few_positions_is_the_same_as_a_product(channels, size):
+    layer = conv2d(*channels).to(memory_format=torch.channels_last)
+    nn.init.normal_(layer.bias)
+    x = torch.randn(2, channels[0], *size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        found = layer(x)
+    assert not any("convolution" in str(name) for name in counter.get_flop_counts()["Global"])
+    torch.testing.assert_close(found, nn.functional.conv2d(x, layer.weight, layer.bias, padding=1))
+    torch.testing.assert_close(found, layer(x))  # with gradients

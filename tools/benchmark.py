@@ -33,6 +33,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of timed runs an item; one at least")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds after which an item is given up")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--megapixels", type=float, default=0.0, help="compare peers at images of at least so many")
     parser.add_argument("--quick", action="store_true", help="tiny networks and images: a smoke test")
     parser.add_argument("--out", type=Path, help="folder for benchmark.json and BENCHMARKS.md")
     args = parser.parse_args(words)
@@ -61,6 +62,7 @@ def main() -> int:
         limit=args.limit,
         threads=args.threads,
         quick=args.quick,
+        smallest=int(args.megapixels * 1e6),
     )
     report = Report(settings, describe(settings), args.out)
     report.run(chosen_sections(args.only))

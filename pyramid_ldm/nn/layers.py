@@ -56,7 +56,22 @@ class SpectralNorm(nn.Module):
             self.u.copy_(F.normalize(rows @ self.v, dim=0, eps=1e-12))
 
 
-class SpectralConv2d(nn.Conv2d):
+class Conv2d(nn.Conv2d):
+    """A convolution that is one matrix product where a CPU runs it on few positions: the library would spend most of
+    such a call on bringing the weight into another layout."""
+
+    FEW = 256  # positions of all images
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        few = x.shape[0] * x.shape[2] * x.shape[3] <= self.FEW and weight.shape[2] == 3
+        if few and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            patches = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (B, C, H, W, 3, 3)
+            rows = patches.permute(0, 2, 3, 4, 5, 1).flatten(3)  # (B, H, W, 9C): as a weight, channels last
+            return F.linear(rows, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+        return super()._conv_forward(x, weight, bias)
+
+
+class SpectralConv2d(Conv2d):
     """A convolution with a normalised weight; plain once `fold_spectral_norm` has removed `spectral`."""
 
     spectral: SpectralNorm | None
@@ -109,7 +124,7 @@ def fold_spectral_norm(model: nn.Module, iterations: int = 0) -> None:
 
 def conv2d(inputs: int, outputs: int, kernel: int = 3, *, spectral_norm: bool = False) -> nn.Conv2d:
     """Size-preserving convolution, Xavier-uniform, zero bias (NCSN++: variance scaling, fan_avg)."""
-    kind = SpectralConv2d if spectral_norm else nn.Conv2d
+    kind = SpectralConv2d if spectral_norm else Conv2d
     return _initialised(kind(inputs, outputs, kernel, padding=kernel // 2))
 
 

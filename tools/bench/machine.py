@@ -28,8 +28,8 @@ def describe(settings: Settings) -> dict[str, str]:
         "commit": commit(),
         "device": settings.device,
         "precision": "bf16 autocast" if settings.precision == "bf16" else settings.precision,
-        "both sides": "random weights, bfloat16 weights and autocast, channels_last, inference_mode, the same threads; freed memory is kept "
-        "(pyramid_ldm.allocator.keep_freed_memory)",
+        "both sides": "random weights, bfloat16 weights and autocast (unless fp32), channels_last, inference_mode, "
+        "the same threads; freed memory is kept (pyramid_ldm.allocator.keep_freed_memory)",
     }
     if settings.quick:
         found["note"] = "--quick: tiny networks and images; the figures mean nothing"

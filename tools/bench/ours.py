@@ -28,7 +28,8 @@ TINY_FLOW = ("model.widths=[16,16]", "model.blocks=1")
 
 def configs(settings: Settings) -> dict[tuple[int, int], str]:
     """The config for each size of image, by the size as run; --quick leaves the smallest out."""
-    return {settings.image_size(size): name for size, name in list(CONFIGS.items())[settings.quick :]}
+    chosen = {size: name for size, name in CONFIGS.items() if size[0] * size[1] >= settings.smallest}
+    return {settings.image_size(size): name for size, name in list(chosen.items())[settings.quick :]}
 
 
 def autoencoder_config(name: str, settings: Settings, *overrides: str) -> AutoencoderTraining:

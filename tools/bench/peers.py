@@ -139,17 +139,17 @@ def encoder_builder(name: str, size: tuple[int, int], settings: Settings) -> Bui
     return build
 
 
-def generator_builder(name: str, size: tuple[int, int], settings: Settings) -> Builder:
+def generator_builder(name: str, size: tuple[int, int], settings: Settings, batch: int = 1) -> Builder:
     """One evaluation on the latents of an image of `size`."""
     factor, channels, patch = GENERATORS[name]
 
     def build(device: torch.device) -> Subject:
         with device:
-            latents = torch.randn(1, channels, size[0] // factor, size[1] // factor)
-            step, label = (torch.full((1,), value, dtype=torch.long) for value in (500, 1))
+            latents = torch.randn(batch, channels, size[0] // factor, size[1] // factor)
+            step, label = (torch.full((batch,), value, dtype=torch.long) for value in (500, 1))
             model = dit(channels, patch, settings.quick) if patch else unet(settings.quick)
         if patch:
-            return Subject(model, (latents, step, label), lambda z, t, y: run_dit(model, z, t, y))
-        return Subject(model, (latents, step), lambda z, t: model(z, t, return_dict=False))
+            return Subject(model, (latents, step, label), lambda z, t, y: run_dit(model, z, t, y), batch)
+        return Subject(model, (latents, step), lambda z, t: model(z, t, return_dict=False), batch)
 
     return build

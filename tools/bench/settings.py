@@ -25,6 +25,7 @@ class Settings:
     limit: float = 1800.0  # seconds after which an item is given up
     threads: int = 1
     quick: bool = False
+    smallest: int = 0  # pixels: peers are compared at no smaller images
     ceiling: float | None = None  # the best convolution of this run in `precision`, FLOP/s
 
     @property

@@ -89,7 +89,8 @@ def measure_item(item: Item, settings: Settings) -> Figures:
 
 SECTION = Section(
     title="Encoding a folder",
-    about="Worker processes of the loader share the machine's cores with the network. `encode` reads, encodes in batches of 8 and writes a shard.",
+    about="Worker processes of the loader share the machine's cores with the network. "
+    "`encode` reads, encodes in batches of 8 and writes a shard.",
     columns=(
         TIME,
         IMAGES,
