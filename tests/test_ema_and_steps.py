@@ -96,6 +96,10 @@ def test_export_averages_weights_copies_buffers_and_folds():
     checked = [0, 0]
     for name, parameter in exported.named_parameters():
         average = (beta * old[name] + (1 - beta) * new[name]).detach()
+        gain = name.removesuffix(".conv.weight").removesuffix(".conv.bias") + ".gain"
+        if gain in new:  # folded, too
+            factor = (beta * old[gain] + (1 - beta) * new[gain]).detach()
+            parameter = parameter / (factor[..., None] if parameter.dim() == 4 else factor.flatten())
         if id(new[name]) in normalised:
             sigma = float(average.norm() / parameter.norm())
             torch.testing.assert_close(parameter, average / sigma)

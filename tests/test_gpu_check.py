@@ -25,7 +25,7 @@ def test_parts_that_fail_or_are_slow_are_lines_of_the_summary(check):
     assert check.part("good", 60, "-c", "print('x | y')")
     assert not check.part("bad", 60, "-c", "raise SystemExit('why')")
     patient = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
-    assert check.part("slow", 3.5, "-c", patient)
+    assert check.part("slow", 10, "-c", patient)
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
     process = check.start(["-c", deaf])
     while "deaf" not in (check.out / "log.txt").read_text().splitlines():
@@ -38,7 +38,7 @@ def test_parts_that_fail_or_are_slow_are_lines_of_the_summary(check):
     assert [(part["part"], part["status"]) for part in found] == [
         ("good", "done"),
         ("bad", "ended with 1"),
-        ("slow", "stopped after 4 s"),
+        ("slow", "stopped after 10 s"),
         ("late", "not run: no time left"),
     ]
     assert [part["last_line"] for part in found] == ["x | y", "why", "saved", ""]

@@ -9,8 +9,7 @@ import torch
 from conftest import tiny_autoencoder_config
 
 from pyramid_ldm.config import AutoencoderTraining, LevelConfig, load_saved
-from pyramid_ldm.config.autoencoder import ImageDataConfig
-from pyramid_ldm.config.common import TrainConfig
+from pyramid_ldm.config.autoencoder import AutoencoderTrainConfig, ImageDataConfig
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.training.checkpoint import save_checkpoint
 from pyramid_ldm.training.run import open_run
@@ -26,7 +25,7 @@ def config(tmp_path):
         image_size=[32, 32],
         model=tiny_autoencoder_config(),
         data=ImageDataConfig(root="photos"),
-        train=TrainConfig(images=100),
+        train=AutoencoderTrainConfig(images=100),
     )
 
 

@@ -164,10 +164,11 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
             state.loss.adaptive.finish_step(runtime.average)
         autoencoder = state.autoencoder.eval()
         del state, trained
+        encoder, decoder = count(autoencoder.encoder), count(autoencoder.decoder)
         fold_spectral_norm(autoencoder)
         return AutoencoderCost(
-            encoder=count(autoencoder.encoder),
-            decoder=count(autoencoder.decoder),
+            encoder=encoder,
+            decoder=decoder,
             state=kept,
             step=Use(flops.total // train.batch_size, memory.peak),
             encode=measure_encode(autoencoder, BATCH, runtime),
@@ -201,9 +202,10 @@ def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig, *
             state.ema.update(state.network, 2 * train.batch_size, train.batch_size)
         network = state.network.eval()
         del state
+        parameters = count(network)
         fold_spectral_norm(network)
         return FlowCost(
-            parameters=count(network),
+            parameters=parameters,
             state=kept,
             step=Use(flops.total // train.batch_size, memory.peak),
             evaluation=measure_evaluation(network, runtime),
