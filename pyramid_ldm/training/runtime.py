@@ -10,7 +10,6 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-import torch._dynamo as dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +40,8 @@ class Runtime:
     def wrap(self, model: nn.Module, compile_model: bool = False) -> nn.Module:
         """The module to call in training: compiled if asked, DDP if there are several processes."""
         if compile_model:
+            import torch._dynamo as dynamo  # slow to import, and few runs compile
+
             dynamo.config.recompile_limit = 256  # compiled parts share their code, not their shapes
             model.compile(dynamic=False)
         if self.ranks == 1:
