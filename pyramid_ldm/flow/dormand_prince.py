@@ -5,13 +5,14 @@ it, and spends several milliseconds an evaluation on a large state; this does no
 floats: one transfer from the device a step tells which samples were accepted.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Field = Callable[[Tensor, Tensor], Tensor]  # (states (A, N), times (A,)) -> their derivatives (A, N)
+Field = Callable[[Tensor, Tensor, Tensor], None]  # (states (A, N), times (A,), where their derivatives go (A, N))
 
 NODES = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 STAGES = (
@@ -42,7 +43,7 @@ class _Samples:
 
     rows: list[int]
     states: Tensor  # (A, N)
-    slopes: Tensor  # (A, N): the derivative at `times`
+    stages: Tensor  # (A, 7, N): derivatives; the first is the one at `times`. A sample's stages lie together in memory
     times: list[float]
     steps: list[float]
 
@@ -51,7 +52,7 @@ class _Samples:
         return _Samples(
             [self.rows[i] for i in which],
             self.states[index],
-            self.slopes[index],
+            self.stages[index],
             [self.times[i] for i in which],
             [self.steps[i] for i in which],
         )
@@ -65,14 +66,14 @@ def solve(
     *,
     rtol: float,
     atol: float,
-    parts: Sequence[int],
+    parts: list[int],
     first_step: float = 0.01,
     at: Callable[[float], None] = lambda time: None,
 ) -> tuple[Tensor, list[int]]:
     """The state at `end`, reached exactly: no time beyond it is asked for.
 
     Args:
-        field: the derivative; rows are samples, and those at the end are left out.
+        field: writes the derivative; rows are samples, and those at the end are left out.
         start: (B, N), float32, at `begin`.
         parts: sizes that N is made of. A sample's error is the largest RMS over parts of the local error divided by
             atol + rtol * max(|before|, |after|).
@@ -86,10 +87,10 @@ def solve(
     """
     device, batch = start.device, start.shape[0]
     result, counts = torch.empty_like(start), [1] * batch
-    stages = start.new_empty(len(NODES), *start.shape)
     weights = start.new_tensor([[*row, *[0.0] * (7 - len(row))] for row in (*STAGES, ERROR)])  # (8, 7)
-    slopes = field(start, start.new_full((batch,), begin))
-    active = _Samples(list(range(batch)), start, slopes, [begin] * batch, [first_step] * batch)
+    stages = start.new_empty(batch, len(NODES), start.shape[1])
+    field(start, start.new_full((batch,), begin), stages[:, 0])
+    active = _Samples(list(range(batch)), start, stages, [begin] * batch, [first_step] * batch)
     while active.rows:
         active.steps = [min(step, end - t) for step, t in zip(active.steps, active.times, strict=True)]
         for t, step in zip(active.times, active.steps, strict=True):
@@ -104,11 +105,10 @@ def solve(
             ],
             dtype=start.dtype,
         ).to(device, non_blocking=True)  # fmt: skip
-        after, errors = _step(field, active, stages[:, : len(active.rows)], weights, moments, rtol, atol, parts)
+        after, errors = _step(field, active, weights, moments, rtol, atol, parts)
         for row in active.rows:
             counts[row] += len(NODES) - 1
-        accepted = [error <= 1 for error in errors]
-        _advance(active, after, stages[-1, : len(active.rows)], accepted, errors)
+        _advance(active, after, errors)
         finished = [end - t < 1e-9 for t in active.times]
         for i, done in enumerate(finished):
             if done:
@@ -121,39 +121,35 @@ def solve(
 def _step(
     field: Field,
     active: _Samples,
-    stages: Tensor,
     weights: Tensor,
     moments: Tensor,
     rtol: float,
     atol: float,
-    parts: Sequence[int],
+    parts: list[int],
 ) -> tuple[Tensor, list[float]]:
     """One attempt for every sample: the states after it, and their errors (nan for what is not finite)."""
-    step, before = moments[0][:, None], active.states
-    stages[0] = active.slopes
+    before, stages = active.states, active.stages
+    scaled = moments[0][:, None, None] * weights  # (A, 8, 7): a sample's step size times each weight
     after = before
     for i in range(1, len(NODES)):
-        after = torch.addcmul(before, step, _combine(weights[i, :i], stages[:i]))
-        stages[i] = field(after, moments[1 + i])
-    error = _combine(weights[-1], stages).mul_(step)
+        after = torch.baddbmm(before[:, None], scaled[:, i : i + 1, :i], stages[:, :i])[:, 0]
+        field(after, moments[1 + i], stages[:, i])
+    error = torch.bmm(scaled[:, -1:], stages)[:, 0]
     error /= torch.maximum(before.abs(), after.abs()).mul_(rtol).add_(atol)
-    norms = torch.stack([part.square().mean(dim=1) for part in error.split(list(parts), dim=1)]).amax(dim=0).sqrt()
-    return after, norms.tolist()
+    norms = [torch.linalg.vector_norm(part, dim=1) / math.sqrt(part.shape[1]) for part in error.split(parts, dim=1)]
+    return after, torch.stack(norms).amax(dim=0).tolist()
 
 
-def _combine(weights: Tensor, stages: Tensor) -> Tensor:
-    """sum_i weights_i stages_i: one product instead of a pass over memory a stage."""
-    return (weights @ stages.reshape(len(weights), -1)).view(stages.shape[1:])
-
-
-def _advance(active: _Samples, after: Tensor, slopes: Tensor, accepted: list[bool], errors: list[float]) -> None:
-    """Moves accepted samples and chooses every sample's next step."""
+def _advance(active: _Samples, after: Tensor, errors: list[float]) -> None:
+    """Moves the samples whose step is accurate enough and chooses every sample's next step."""
+    accepted = [error <= 1 for error in errors]
     if all(accepted):
-        active.states, active.slopes = after, slopes.clone()
+        active.states = after
+        active.stages[:, 0] = active.stages[:, -1]
     elif any(accepted):
-        mask = torch.tensor(accepted, device=after.device)[:, None]
-        active.states = torch.where(mask, after, active.states)
-        active.slopes = torch.where(mask, slopes, active.slopes)
+        index = torch.tensor([i for i, good in enumerate(accepted) if good], device=after.device)
+        active.states = active.states.index_copy(0, index, after[index])
+        active.stages[index, 0] = active.stages[index, -1]
     for i, (good, error) in enumerate(zip(accepted, errors, strict=True)):
         if good:
             active.times[i] += active.steps[i]

@@ -111,8 +111,10 @@ def rk45(
     counted = _Counted(velocity, max_nfe, progress)
     reached = eps
 
-    def field(flat: Tensor, t: Tensor) -> Tensor:
-        return flatten(tuple(level.float() for level in counted(unflatten(flat, shapes), t, reached)))
+    def field(flat: Tensor, t: Tensor, derivative: Tensor) -> None:
+        found = counted(unflatten(flat, shapes), t, reached)
+        for part, level in zip(unflatten(derivative, shapes), found, strict=True):
+            part.copy_(level)
 
     def at(time: float) -> None:
         nonlocal reached
