@@ -15,12 +15,13 @@ from pyramid_ldm.data.images import to_pil
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json, sha256, write_json
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.flow.samplers import Progress, Solution, dopri5, euler, rk45
 from pyramid_ldm.nn.layers import to_bfloat16
 from pyramid_ldm.pyramid import LatentScaling, Pyramid, pyramid_noise
 from pyramid_ldm.serialization import resolve_model_directory
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "pipeline.json"
 SOLVERS = ("rk45", "euler", "dopri5")  # dopri5: torchdiffeq's, one step size for a batch
 TILE = {"cpu": 512}  # what its caches like; other devices decode a 2K image whole
@@ -62,7 +63,7 @@ class PyramidPipeline:
     """A flow network, the autoencoder whose latents it learned, and the scaling between them.
 
     Args:
-        eps: where sampling starts (PDM section 4.2), as in training.
+        objective: what the flow network was trained for; says where sampling starts (PDM section 4.2).
         checkpoint: identifies the flow weights, for the record of a sample.
     """
 
@@ -71,12 +72,12 @@ class PyramidPipeline:
         flow: PyramidNCSNpp,
         autoencoder: PyramidAutoencoder,
         scaling: LatentScaling,
+        objective: RectifiedFlow | None = None,
         *,
-        eps: float = 1e-3,
         checkpoint: str = "",
     ) -> None:
         self.flow, self.autoencoder = flow.eval(), autoencoder.eval()
-        self.scaling, self.eps, self.checkpoint = scaling, eps, checkpoint
+        self.scaling, self.objective, self.checkpoint = scaling, objective or RectifiedFlow(), checkpoint
         self.device = torch.device("cpu")
         self._compiled = False
         self._bf16: dict[str, nn.Module] = {}  # copies with bfloat16 weights, made when first used
@@ -185,13 +186,14 @@ class PyramidPipeline:
                 result: Pyramid = network(latents, t)
             return tuple(level[:present] for level in result)
 
-        common: dict[str, Any] = {"eps": self.eps, "max_nfe": options.max_nfe, "progress": progress}
+        field = self.objective.field(velocity)
+        common: dict[str, Any] = {"eps": self.objective.eps, "max_nfe": options.max_nfe, "progress": progress}
         if not adaptive:
             common["max_nfe"] = max(options.max_nfe, options.steps)
-            return euler(velocity, noise, steps=options.steps, **common)
+            return euler(field, noise, steps=options.steps, **common)
         solver = rk45 if options.solver == "rk45" else dopri5
         with _exact_float32():
-            return solver(velocity, noise, rtol=options.rtol, atol=options.atol, **common)
+            return solver(field, noise, rtol=options.rtol, atol=options.atol, **common)
 
     @torch.inference_mode()
     def decode(self, latents: Pyramid, *, bf16: bool = False) -> Iterator[Tensor]:
@@ -210,7 +212,8 @@ class PyramidPipeline:
         directory = Path(directory)
         self.flow.save_pretrained(directory / "flow")
         self.autoencoder.save_pretrained(directory / "autoencoder")
-        write_json(directory / MANIFEST, {"format": FORMAT, "eps": self.eps, "scaling": asdict(self.scaling)})
+        manifest = {"format": FORMAT, "rectified_flow": asdict(self.objective), "scaling": asdict(self.scaling)}
+        write_json(directory / MANIFEST, manifest)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -231,7 +234,7 @@ class PyramidPipeline:
             flow,
             autoencoder,
             LatentScaling(*(tuple(tuple(level) for level in scaling[key]) for key in ("mean", "std"))),
-            eps=manifest["eps"],
+            RectifiedFlow(**manifest["rectified_flow"]),
             checkpoint=sha256(home / "flow" / "model.safetensors")[:16],
         )
 

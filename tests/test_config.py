@@ -165,7 +165,7 @@ def test_a_missing_file_is_named(tmp_path):
         ("model.skip=all", "res_skip, residual, skip, none"),
         ("model.attention.encoder=full", "spatial_channel, spatial, channel, linear, none"),
         ("model.attention.decoder=full", "spatial_channel, spatial, channel, linear, none"),
-        ("model.encoder.pooling=min", "average, max"),
+        ("model.encoder.pooling=min", "average, max, unshuffle"),
         ("model.decoder.branch=conv", "residual, vit"),
         ("data.crop=corner", "center, random"),
         ("loss.gan.mode=manual", "adaptive, constant"),

@@ -7,6 +7,7 @@ from conftest import randomise, tiny_flow, tiny_flow_config
 from pyramid_ldm.config import ConfigError
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.flow.rectified_flow import RectifiedFlow
+from pyramid_ldm.flow.samplers import euler
 from pyramid_ldm.nn.layers import spectral_layers
 from pyramid_ldm.pyramid import pyramid_noise
 
@@ -78,11 +79,20 @@ def test_a_branch_enters_and_leaves_at_its_own_resolution():
     assert seen == {"enter": (24, 2, 2), "leave": (24, 2, 2)}
 
 
-def test_decreasing_dropout_by_level():
+def test_dropout_schedule_by_level():
     network = tiny_flow(image_size=(64, 64), levels=((64, 4), (8, 2)), widths=[16] * 4, dropout=0.35)
     rates = [level.blocks.residual[0].dropout.p for level in network.down_levels]
     assert rates == pytest.approx([0, 0.35 / 3, 0.7 / 3, 0.35])
     assert [level.blocks.residual[0].dropout.p for level in network.up_levels] == pytest.approx(rates[::-1])
+
+
+def test_dropout_schedules_of_the_config():
+    def rates(schedule):
+        network = tiny_flow(widths=[16] * 2, dropout=0.4, dropout_schedule=schedule)
+        return [level.blocks.residual[0].dropout.p for level in network.down_levels]
+
+    assert rates("uniform") == [0.4, 0.4]
+    assert rates("increasing") == [0.4, 0]  # fine to coarse
 
 
 def test_too_few_widths_are_refused():
@@ -106,6 +116,42 @@ class TestRectifiedFlow:
         data, noise = (torch.full((3, 1, 1, 1), 5.0),), (torch.full((3, 1, 1, 1), 1.0),)
         found = flow.interpolate(data, noise, torch.tensor([0.0, 0.25, 1.0]))[0].flatten()
         assert found.tolist() == [1, 2, 5]
+
+    def test_a_shifted_level_is_ahead(self):
+        flow = RectifiedFlow(level_shifts=[3, 1])
+        data, noise = (torch.full((1, 1, 1, 1), 4.0),) * 2, (torch.zeros(1, 1, 1, 1),) * 2
+        coarse, fine = flow.interpolate(data, noise, torch.tensor([0.5]))
+        assert (coarse.item(), fine.item()) == (3, 2)  # at 3 * 0.5 / (1 + 2 * 0.5) = 0.75 and at 0.5 of the way
+
+    def test_the_field_is_the_derivative_of_the_path(self):
+        flow = RectifiedFlow(level_shifts=[3, 0.5])
+        data, noise = (torch.full((1, 1, 1, 1), 4.0),) * 2, (torch.ones(1, 1, 1, 1),) * 2
+        t, step = torch.tensor([0.3], dtype=torch.float64), 1e-6
+        found = flow.field(lambda z, t: tuple(a - b for a, b in zip(data, noise, strict=True)))(noise, t)
+        ends = [flow.interpolate(data, noise, t + side) for side in (step, -step)]
+        for velocity, after, before in zip(found, *ends, strict=True):
+            assert velocity.item() == pytest.approx((after - before).item() / (2 * step), rel=1e-4)
+
+    @pytest.mark.parametrize("shifts", [None, [4.0, 1.0]])
+    def test_a_shifted_flow_arrives_at_the_data(self, shifts):
+        """The oracle of one image knows Z_1 - Z_0 from where it is: (Z_1 - Z) / (1 - tau)."""
+        flow = RectifiedFlow(level_shifts=shifts)
+        data = (torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 2, 2), -1.0))
+        noise = pyramid_noise([(1, 1, 1), (1, 2, 2)], 0, "noise", [0, 1])
+
+        def oracle(latents, t):
+            clear = flow.interpolate([torch.ones(2, 1, 1, 1)] * 2, [torch.zeros(2, 1, 1, 1)] * 2, t)
+            return tuple((z1 - z) / (1 - tau).clamp(min=1e-4) for z1, z, tau in zip(data, latents, clear, strict=True))
+
+        found = euler(flow.field(oracle), noise, steps=400).latents
+        for level, z1 in zip(found, data, strict=True):
+            assert torch.allclose(level, z1, atol=0.02)
+
+    def test_logit_normal_times(self):
+        flow = RectifiedFlow(time_distribution="logit_normal")
+        t = flow.time(torch.tensor([0.0, 0.5, 0.8413447, 1 - 1e-7]))
+        assert t.tolist() == pytest.approx([1e-3, 0.5, 0.7310586, 0.9945], abs=2e-3)  # sigmoid of 0, 1, 5.2
+        assert (flow.time(torch.rand(10_000)) - 0.5).abs().mean() < 0.2  # 0.25 were they uniform
 
     def test_loss_by_hand(self):
         data = (torch.ones(2, 1, 1, 1), torch.zeros(2, 2, 2, 2))

@@ -12,20 +12,22 @@ from pyramid_ldm.nn.layers import (
     ZeroConv2d,
     advance_spectral_norm,
     conv2d,
-    decreasing_dropout,
+    dropout_schedule,
     fold_spectral_norm,
     group_norm,
     spectral_layers,
 )
 from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
-from pyramid_ldm.nn.resample import bilinear_up, box_down, fir_down, fir_up, max_down, nearest_up
+from pyramid_ldm.nn.resample import bilinear_up, box_down, fir_down, fir_up, max_down, nearest_up, unshuffle_down
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
 
 
-def test_decreasing_dropout_of_eight_levels():
-    assert decreasing_dropout(8, 0.35) == pytest.approx([0.35 * (1 - level / 7) for level in range(8)])
-    assert decreasing_dropout(8, 0.35)[-1] == 0
-    assert decreasing_dropout(1, 0.35) == [0.0]
+def test_dropout_schedule_of_eight_levels():
+    assert dropout_schedule(8, 0.35) == pytest.approx([0.35 * (1 - level / 7) for level in range(8)])
+    assert dropout_schedule(8, 0.35)[-1] == 0
+    assert dropout_schedule(1, 0.35) == [0.0]
+    assert dropout_schedule(3, 0.4, "increasing") == pytest.approx([0, 0.2, 0.4])
+    assert dropout_schedule(3, 0.4, "uniform") == [0.4] * 3
 
 
 def test_spectral_norm_bounds_the_largest_singular_value():
@@ -173,6 +175,7 @@ def test_resampling_by_hand():
     assert box_down(x).item() == 3
     assert max_down(x).item() == 6
     assert bilinear_up(x)[0, 0, 0].tolist() == [1, 1.25, 1.75, 2]
+    assert unshuffle_down(x).flatten().tolist() == [1, 2, 3, 6]
     assert nearest_up(x)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 6, 6], [3, 3, 6, 6]]
 
 
@@ -194,6 +197,18 @@ def test_residual_resampling_has_a_shortcut():
     nn.init.zeros_(step.conv.weight)
     torch.testing.assert_close(step(x), box_down(step.shortcut(x)) / 2**0.5)
     assert Resampling(8, 4, box_down, residual=False).shortcut is None
+
+
+def test_gathering_resampling_keeps_what_pooling_loses():
+    """A checkerboard has no mean, but its four phases are four channels."""
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(2, 2)[None, None].expand(1, 8, 4, 4)
+    lossy = Resampling(8, 4, box_down, residual=True)
+    whole = Resampling(8, 4, unshuffle_down, residual=True, gathered=4)
+    nn.init.zeros_(lossy.conv.weight)
+    nn.init.zeros_(whole.conv.weight)
+    assert lossy(board).abs().max() == 0
+    assert whole(board).shape == (1, 4, 2, 2)
+    assert whole(board).abs().min() > 1e-3
 
 
 def test_transformer_block_starts_as_the_identity_and_positions_differ():

@@ -9,6 +9,7 @@ from PIL import Image
 from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.sampling import finish_folder, sample_to_folder
+from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.pipeline import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
 
@@ -18,7 +19,7 @@ def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     scaling = LatentScaling(((0.0,) * 6, (0.5,) * 4), ((2.0,) * 6, (0.5, 1.0, 2.0, 3.0)))
     pipeline = PyramidPipeline(
-        randomise(tiny_flow(), 0.05), randomise(tiny_autoencoder(), 0.05).eval(), scaling, eps=2e-3
+        randomise(tiny_flow(), 0.05), randomise(tiny_autoencoder(), 0.05).eval(), scaling, RectifiedFlow(eps=2e-3)
     )
     pipeline.save_pretrained(folder / "model")
     return folder
@@ -27,8 +28,18 @@ def directory(tmp_path_factory):
 def test_a_run_directory_and_its_model_directory_load_alike(directory):
     a, b = PyramidPipeline.from_pretrained(directory), PyramidPipeline.from_pretrained(directory / "model")
     assert a.checkpoint == b.checkpoint != ""
-    assert a.eps == 2e-3
+    assert a.objective == RectifiedFlow(eps=2e-3)
     assert a.scaling.std[1] == (0.5, 1.0, 2.0, 3.0)
+
+
+def test_shifted_levels_travel_with_the_pipeline(directory, tmp_path):
+    plain = PyramidPipeline.from_pretrained(directory)
+    shifted = PyramidPipeline(plain.flow, plain.autoencoder, plain.scaling, RectifiedFlow(level_shifts=[3.0, 1.0]))
+    shifted.save_pretrained(tmp_path)
+    loaded = PyramidPipeline.from_pretrained(tmp_path)
+    a, b, c = (pipe(1, solver="euler", steps=4).latents[0] for pipe in (plain, shifted, loaded))
+    assert torch.equal(b, c)
+    assert (a - b).abs().max() > 1e-3
 
 
 def test_images_latents_and_count_of_evaluations(directory):

@@ -45,6 +45,7 @@ class PyramidAutoencoder(nn.Module):
             moments=2 if config.latent == "kl" else 1,
             blocks=config.encoder.blocks,
             skip=config.skip,
+            norm=config.norm,
             pooling=config.encoder.pooling,
             attention=config.attention.encoder,
             attention_factors=factors,
@@ -64,6 +65,7 @@ class PyramidAutoencoder(nn.Module):
             head_channels=config.attention.head_channels,
             softmax_tokens=config.attention.softmax_tokens,
             dropout=config.decoder.dropout,
+            norm=config.norm,
             checkpoint_factors=config.checkpoint_factors,
         )
         self.quantizers = nn.ModuleList()

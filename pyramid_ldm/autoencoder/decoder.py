@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.autoencoder.regions import Regions, Step, plan
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, float32_conv2d
-from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
+from pyramid_ldm.nn.layers import build_norm, conv2d, dropout_schedule, float32_conv2d
+from pyramid_ldm.nn.pixel_norm import norm_silu
 from pyramid_ldm.nn.resample import bilinear_up, nearest_up
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
@@ -20,13 +20,21 @@ class ResidualBranch(nn.Module):
     """A latent's way to the backbone: 1x1 convolution, then residual blocks, each followed by attention."""
 
     def __init__(
-        self, latent_channels: int, width: int, *, blocks: int, attention: str, head_channels: int, dropout: float
+        self,
+        latent_channels: int,
+        width: int,
+        *,
+        blocks: int,
+        attention: str,
+        head_channels: int,
+        dropout: float,
+        norm: str,
     ) -> None:
         super().__init__()
         self.input = conv2d(latent_channels, width, 1)
         self.blocks = nn.ModuleList()
         for _ in range(blocks):
-            self.blocks.append(ResidualBlock(width, width, dropout=dropout, local=True, zero_init=False))
+            self.blocks.append(ResidualBlock(width, width, dropout=dropout, norm=norm, zero_init=False))
             self.blocks.append(build_attention(attention, width, head_channels=head_channels))
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -62,9 +70,9 @@ class ToRGB(nn.Module):
     which would band a clear sky.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: str = "pixel") -> None:
         super().__init__()
-        self.norm = PixelNorm(width)
+        self.norm = build_norm(norm, width)
         self.conv = float32_conv2d(width, 3, 1)
         with torch.no_grad():
             self.conv.weight.mul_(0.1)  # RGB is summed over every resolution: start near grey, not with 1.5 of noise
@@ -94,22 +102,26 @@ class DecoderLevel(nn.Module):
         dropout: float,
         rgb_leaves: bool,
         residual: bool,
+        norm: str,
     ) -> None:
         super().__init__()
-        self.up = Resampling(previous_width, width, nearest_up, residual=residual) if previous_width else None
+        self.local = norm == "pixel"
+        self.up = (
+            Resampling(previous_width, width, nearest_up, residual=residual, norm=norm) if previous_width else None
+        )
         self.branch = branch
         self.blocks = nn.Sequential()
         for _ in range(blocks):
-            self.blocks.append(ResidualBlock(width, width, dropout=dropout, local=True, zero_init=False))
+            self.blocks.append(ResidualBlock(width, width, dropout=dropout, norm=norm, zero_init=False))
             self.blocks.append(
                 build_attention(attention, width, head_channels=head_channels, softmax_tokens=softmax_tokens)
             )
-        self.to_rgb = ToRGB(width) if rgb_leaves else None
+        self.to_rgb = ToRGB(width, norm) if rgb_leaves else None
 
     @property
     def reach(self) -> int | None:
         """How many pixels away the output depends on what enters at this resolution; None: on all of it."""
-        if isinstance(self.branch, TransformerBranch):
+        if isinstance(self.branch, TransformerBranch) or not self.local:
             return None
         layers = [*self.blocks, *(self.branch.blocks if isinstance(self.branch, ResidualBranch) else [])]
         if not all(isinstance(layer, ResidualBlock | nn.Identity) for layer in layers):
@@ -142,9 +154,9 @@ class PyramidDecoder(nn.Module):
         skip: "skip" and "res_skip" sum RGB over resolutions, rgb = upsample(rgb) + to_rgb(h); "residual" and
             "res_skip" put a shortcut around every re-sampling (PDM figure 4).
         dropout: at the lowest resolution, falling linearly to 0 at the highest.
+        norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
+            sees the whole image everywhere.
         checkpoint_factors: resolutions recomputed in the backward pass.
-
-    Norms are per pixel, so above the attention levels an output pixel depends on its neighbourhood alone.
     """
 
     def __init__(
@@ -161,12 +173,13 @@ class PyramidDecoder(nn.Module):
         head_channels: int = 64,
         softmax_tokens: int = 4096,
         dropout: float = 0.35,
+        norm: str = "pixel",
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
         channels = {level.factor: level.channels for level in levels}
         factors = [1 << i for i in reversed(range(len(widths)))]  # coarse to fine, as the latents
-        rates = decreasing_dropout(len(factors), dropout)
+        rates = dropout_schedule(len(factors), dropout)
 
         def build_branch(factor: int, width: int, kind: str, rate: float) -> nn.Module | None:
             if factor not in channels:
@@ -182,6 +195,7 @@ class PyramidDecoder(nn.Module):
                 attention=kind,
                 head_channels=head_channels,
                 dropout=rate,
+                norm=norm,
             )
 
         self.factors = factors
@@ -203,6 +217,7 @@ class PyramidDecoder(nn.Module):
                     dropout=rate,
                     rgb_leaves=factor == 1 or skip in ("skip", "res_skip"),
                     residual=skip in ("residual", "res_skip"),
+                    norm=norm,
                 )
             )
 

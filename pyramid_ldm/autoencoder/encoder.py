@@ -7,13 +7,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import conv2d, float32_conv2d
-from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
-from pyramid_ldm.nn.resample import box_down, max_down
+from pyramid_ldm.nn.layers import build_norm, conv2d, float32_conv2d
+from pyramid_ldm.nn.pixel_norm import norm_silu
+from pyramid_ldm.nn.resample import box_down, max_down, unshuffle_down
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
 
 INITIAL_LOG_VARIANCE = -6.0
+POOLING = {"average": box_down, "max": max_down, "unshuffle": unshuffle_down}
 
 
 class LatentHead(nn.Module):
@@ -23,9 +24,9 @@ class LatentHead(nn.Module):
     standard deviation. Log-variances start at -6: at 0, noise as large as the latents would hide them for long.
     """
 
-    def __init__(self, inputs: int, channels: int, moments: int) -> None:
+    def __init__(self, inputs: int, channels: int, moments: int, norm: str = "pixel") -> None:
         super().__init__()
-        self.norm = PixelNorm(inputs)
+        self.norm = build_norm(norm, inputs)
         self.conv = float32_conv2d(inputs, moments * channels, 1)
         if moments == 2:
             assert self.conv.bias is not None
@@ -53,19 +54,29 @@ class EncoderLevel(nn.Module):
         next_width: int | None,
         residual: bool,
         pooling: str,
+        norm: str,
     ) -> None:
         super().__init__()
         self.from_rgb = conv2d(3, width, 1, spectral_norm=spectral_norm) if image_enters else None
         self.blocks = nn.ModuleList()
         for _ in range(blocks):
-            self.blocks.append(ResidualBlock(width, width, spectral_norm=spectral_norm, local=True))
+            self.blocks.append(ResidualBlock(width, width, spectral_norm=spectral_norm, norm=norm))
             self.blocks.append(
                 build_attention(attention, width, head_channels=head_channels, spectral_norm=spectral_norm)
             )
-        self.head = LatentHead(width, latent_channels, moments) if latent_channels else None
-        pool = box_down if pooling == "average" else max_down
+        self.head = LatentHead(width, latent_channels, moments, norm) if latent_channels else None
         self.down = (
-            Resampling(width, next_width, pool, residual=residual, spectral_norm=spectral_norm) if next_width else None
+            Resampling(
+                width,
+                next_width,
+                POOLING[pooling],
+                residual=residual,
+                spectral_norm=spectral_norm,
+                norm=norm,
+                gathered=4 if pooling == "unshuffle" else 1,
+            )
+            if next_width
+            else None
         )
 
     def forward(self, h: Tensor, image: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -87,6 +98,8 @@ class PyramidEncoder(nn.Module):
         moments: values per latent channel (2: mean and log-variance; 1: the latent itself).
         skip: "skip" and "res_skip" let the pooled image in at every resolution through a 1x1 `from_rgb`;
             "residual" and "res_skip" put a shortcut around every re-sampling (PDM figure 4).
+        norm: "pixel" or "group".
+        pooling: "average", "max", or "unshuffle" (2x2 blocks to channels: the convolution sees all of them).
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
 
@@ -98,6 +111,7 @@ class PyramidEncoder(nn.Module):
         moments: int,
         blocks: int = 1,
         skip: str = "res_skip",
+        norm: str = "pixel",
         pooling: str = "average",
         attention: str = "linear",
         attention_factors: Sequence[int] = (),
@@ -122,6 +136,7 @@ class PyramidEncoder(nn.Module):
                 next_width=widths[i + 1] if i + 1 < len(widths) else None,
                 residual=skip in ("residual", "res_skip"),
                 pooling=pooling,
+                norm=norm,
             )
             for i, width in enumerate(widths)
         )

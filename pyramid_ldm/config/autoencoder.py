@@ -42,10 +42,10 @@ class EncoderConfig:
     widths: list[int] = field(default_factory=lambda: [32, 64, 128])  # channels at factor 1, 2, 4, ...
     blocks: int = 1
     spectral_norm: bool = True
-    pooling: str = "average"
+    pooling: str = "average"  # average | max | unshuffle: 2x2 blocks to channels
 
     def __post_init__(self) -> None:
-        require_choice("model.encoder.pooling", self.pooling, ("average", "max"))
+        require_choice("model.encoder.pooling", self.pooling, ("average", "max", "unshuffle"))
         require(self.blocks >= 1, f"model.encoder.blocks is {self.blocks}; it must be at least 1")
 
 
@@ -73,6 +73,7 @@ class AutoencoderConfig:
     latent: str = "kl"  # kl | vq
     codebook_size: int = 1024  # vq: entries per level
     skip: str = "res_skip"  # res_skip | residual | skip | none (PDM figure 4)
+    norm: str = "pixel"  # pixel: local in space | group: of the whole image; nothing can be decoded in part then
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -81,6 +82,7 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         require_choice("model.latent", self.latent, ("kl", "vq"))
         require_choice("model.skip", self.skip, ("res_skip", "residual", "skip", "none"))
+        require_choice("model.norm", self.norm, ("pixel", "group"))
         if self.image_size:
             self.resolve(self.image_size)
 
@@ -197,4 +199,8 @@ class AutoencoderTraining:
 
     def __post_init__(self) -> None:
         check_runtime(self.device, self.precision)
+        require(
+            self.train.regions == 0 or self.model.norm == "pixel",
+            "train.regions needs model.norm=pixel: with group norms every part of an image depends on all of it",
+        )
         self.model.resolve(self.image_size)

@@ -30,13 +30,15 @@ class FlowConfig:
     attention_factors: list[int] | None = None  # resolved from attention_tokens; stored with the model
     head_channels: int = 64  # 0: one head
     spectral_norm: bool = True
-    dropout: float = 0.35  # at the lowest resolution, falling linearly to 0 at the highest
+    dropout: float = 0.35
+    dropout_schedule: str = "decreasing"  # decreasing: at the lowest resolution, linearly to 0 at the highest (PDM 3.3)
     fourier_scale: float = 16.0  # of the time embedding
     fir_everywhere: bool = False  # false: box and nearest re-sampling at 4x4 and below, where FIR loses signal
     checkpoint: bool = False  # recompute blocks in the backward pass
 
     def __post_init__(self) -> None:
         require_choice("model.attention", self.attention, ("spatial_channel", "spatial", "channel", "none"))
+        require_choice("model.dropout_schedule", self.dropout_schedule, ("decreasing", "increasing", "uniform"))
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
         require(self.blocks >= 1, f"model.blocks is {self.blocks}; it must be at least 1")
         require(all(w >= 8 and w % 8 == 0 for w in self.widths), f"model.widths {self.widths}: multiples of 8 only")
@@ -87,8 +89,15 @@ class RectifiedFlowConfig:
 
     eps: float = 1e-3  # training t = min(U[eps, 1 + eps], 1); sampling runs from eps to 1
     level_weights: list[float] | None = None  # one a level, coarse to fine; null: 1 each
+    level_shifts: list[float] | None = None  # above 1, a level becomes clear earlier than the others; null: 1 each
+    time_distribution: str = "uniform"  # uniform | logit_normal: what training draws t from
 
     def __post_init__(self) -> None:
+        require_choice("rectified_flow.time_distribution", self.time_distribution, ("uniform", "logit_normal"))
+        require(
+            all(shift > 0 for shift in self.level_shifts or []),
+            f"rectified_flow.level_shifts {self.level_shifts}: each must be above 0",
+        )
         require(0 < self.eps < 0.1, f"rectified_flow.eps is {self.eps}; it must lie between 0 and 0.1")
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.config.flow import FlowConfig
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import conv2d, decreasing_dropout, full_precision, group_norm, linear, rescaled_sum
+from pyramid_ldm.nn.layers import conv2d, dropout_schedule, full_precision, group_norm, linear, rescaled_sum
 from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, nearest_up
 from pyramid_ldm.nn.resblock import Resample, ResidualBlock
 from pyramid_ldm.pyramid import LatentLevel, Pyramid, level_shapes
@@ -177,7 +177,7 @@ class PyramidNCSNpp(nn.Module):
         finest, sn, widths = self.levels[-1], config.spectral_norm, config.widths
         depth = len(widths)
         self.factors = [finest.factor << i for i in range(depth)]  # fine to coarse
-        rates = decreasing_dropout(depth, config.dropout)[::-1]
+        rates = dropout_schedule(depth, config.dropout, config.dropout_schedule)[::-1]
         makers = [_Factory(config, factor, rate) for factor, rate in zip(self.factors, rates, strict=True)]
         self.downs = [self._resampling(i, fir_down, box_down) for i in range(depth - 1)]
         self.ups = [self._resampling(i, fir_up, nearest_up) for i in range(depth - 1)]

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyramid_ldm.nn.pixel_norm import PixelNorm
+
 Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -206,16 +208,26 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
+def build_norm(kind: str, channels: int) -> nn.Module:
+    """ "pixel": `PixelNorm`, which is local in space; "group": `group_norm`, which sees the whole image."""
+    return PixelNorm(channels) if kind == "pixel" else group_norm(channels)
+
+
 def rescaled_sum(a: Tensor, b: Tensor) -> Tensor:
     """(a + b) / sqrt 2: keeps unit variance (NCSN++'s skip_rescale)."""
     return (a + b).mul_(math.sqrt(0.5))
 
 
-def decreasing_dropout(levels: int, highest: float) -> list[float]:
-    """Dropout per level, lowest resolution first: from `highest` linearly to 0 (PDM section 3.3, "Concept Aliasing").
+def dropout_schedule(levels: int, highest: float, schedule: str = "decreasing") -> list[float]:
+    """Dropout per level, lowest resolution first.
 
-    One level alone gets 0: it is the highest resolution.
+    Args:
+        schedule: "decreasing": from `highest` linearly to 0 (PDM section 3.3, "Concept Aliasing"), so that one level
+            alone, being the highest resolution, gets 0; "increasing": the reverse; "uniform": `highest` everywhere.
     """
+    if schedule == "uniform":
+        return [highest] * levels
     if levels == 1:
         return [0.0]
-    return [highest * (1 - level / (levels - 1)) for level in range(levels)]
+    rates = [highest * (1 - level / (levels - 1)) for level in range(levels)]
+    return rates if schedule == "decreasing" else rates[::-1]

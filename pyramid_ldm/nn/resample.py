@@ -28,6 +28,11 @@ def max_down(x: Tensor) -> Tensor:
     return F.max_pool2d(x, 2)
 
 
+def unshuffle_down(x: Tensor) -> Tensor:
+    """Each 2x2 block becomes four channels: nothing is lost. (B, C, H, W) -> (B, 4C, H/2, W/2)."""
+    return F.pixel_unshuffle(x, 2)
+
+
 def nearest_up(x: Tensor) -> Tensor:
     """Each value becomes a 2x2 block."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")

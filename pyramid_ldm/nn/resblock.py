@@ -8,8 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pyramid_ldm.nn.attention import head_count
-from pyramid_ldm.nn.layers import ZeroConv2d, conv2d, group_norm, linear, rescaled_sum
-from pyramid_ldm.nn.pixel_norm import PixelNorm, norm_silu
+from pyramid_ldm.nn.layers import ZeroConv2d, build_norm, conv2d, linear, rescaled_sum
+from pyramid_ldm.nn.pixel_norm import norm_silu
 
 Resample = Callable[[Tensor], Tensor]
 
@@ -23,7 +23,7 @@ class ResidualBlock(nn.Module):
         resample: halves or doubles the resolution of both paths (after the first SiLU, and of the shortcut).
         dropout: probability.
         spectral_norm: normalise every convolution and linear layer.
-        local: per-pixel norm, so that the block sees 5x5 pixels and no more; otherwise GroupNorm.
+        norm: "group", or "pixel", with which the block sees 5x5 pixels and no more.
         zero_init: the second convolution's output starts at zero.
     """
 
@@ -36,16 +36,15 @@ class ResidualBlock(nn.Module):
         resample: Resample | None = None,
         dropout: float = 0.0,
         spectral_norm: bool = False,
-        local: bool = False,
+        norm: str = "group",
         zero_init: bool = True,
     ) -> None:
         super().__init__()
-        norm: Callable[[int], nn.Module] = PixelNorm if local else group_norm
         self.resample = resample
-        self.norm1 = norm(inputs)
+        self.norm1 = build_norm(norm, inputs)
         self.conv1 = conv2d(inputs, outputs, spectral_norm=spectral_norm)
         self.embedding = linear(embedding, outputs, spectral_norm=spectral_norm) if embedding else None
-        self.norm2 = norm(outputs)
+        self.norm2 = build_norm(norm, outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv2: nn.Module = (
             ZeroConv2d(outputs, outputs, spectral_norm=spectral_norm)
@@ -69,20 +68,35 @@ class ResidualBlock(nn.Module):
 
 class Resampling(nn.Module):
     """The autoencoder's step between two resolutions: norm, SiLU, re-sample, 3x3; with `residual`, a re-sampled 1x1
-    shortcut is added and the sum divided by sqrt 2 (PDM figure 4, middle and right)."""
+    shortcut is added and the sum divided by sqrt 2 (PDM figure 4, middle and right).
+
+    `gathered`: by how much re-sampling multiplies channels; convolutions then see them all.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, resample: Resample, *, residual: bool, spectral_norm: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        resample: Resample,
+        *,
+        residual: bool,
+        spectral_norm: bool = False,
+        norm: str = "pixel",
+        gathered: int = 1,
     ) -> None:
         super().__init__()
-        self.resample = resample
-        self.norm = PixelNorm(inputs)
-        self.conv = conv2d(inputs, outputs, spectral_norm=spectral_norm)
-        self.shortcut = conv2d(inputs, outputs, 1, spectral_norm=spectral_norm) if residual else None
+        self.resample, self.gathered = resample, gathered
+        self.norm = build_norm(norm, inputs)
+        self.conv = conv2d(inputs * gathered, outputs, spectral_norm=spectral_norm)
+        self.shortcut = conv2d(inputs * gathered, outputs, 1, spectral_norm=spectral_norm) if residual else None
 
     def forward(self, x: Tensor) -> Tensor:
         h: Tensor = self.conv(self.resample(norm_silu(self.norm, x)))
-        return h if self.shortcut is None else rescaled_sum(self.resample(self.shortcut(x)), h)
+        if self.shortcut is None:
+            return h
+        # On the way up the 1x1 convolution comes first, at a quarter of the positions.
+        past = self.shortcut(self.resample(x)) if self.gathered > 1 else self.resample(self.shortcut(x))
+        return rescaled_sum(past, h)
 
 
 class TransformerBlock(nn.Module):

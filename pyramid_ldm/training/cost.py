@@ -22,7 +22,6 @@ from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, FlowTraining
 from pyramid_ldm.data.photographs import ImageBatch
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.memory import PeakMemory, decompose
 from pyramid_ldm.nn.layers import SpectralNorm, fold_spectral_norm
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
@@ -186,7 +185,7 @@ def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig, *
         with PeakMemory(tensors([autoencoder])) as memory, Flops() as flops:
             state = train_flow.build_state(config, CPU)
             scaling = no_scaling(autoencoder_config)
-            flow = RectifiedFlow(config.rectified_flow.eps, config.rectified_flow.level_weights)
+            flow = train_flow.build_flow(config.rectified_flow)
             _pretend_step(state.network, state.optimizer, train.accumulate, runtime)
             gradients = sum(p.grad.nbytes for p in state.network.parameters() if p.grad is not None)
             kept = memory.restart().live - gradients

@@ -1,6 +1,6 @@
 """Stage two: cached latents to a rectified-flow network."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config.common import LevelConfig
-from pyramid_ldm.config.flow import FlowTraining
+from pyramid_ldm.config.flow import FlowTraining, RectifiedFlowConfig
 from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
@@ -71,14 +71,20 @@ def build_state(config: FlowTraining, device: torch.device) -> State:
     return State(network, optimizer, PowerEma(network, config.ema.widths), NonFinite(config.train.max_nonfinite))
 
 
+def build_flow(config: RectifiedFlowConfig) -> RectifiedFlow:
+    """The objective that a config describes."""
+    return RectifiedFlow(**asdict(config))
+
+
 def train_flow(config: FlowTraining) -> tuple[Path, bool]:
     """Runs, or resumes, stage two. Returns (run directory, whether it reached `train.images`)."""
     runtime = start(config.device, config.precision)
     cache = LatentCache(Path(config.data.shards))
     config.model.resolve(cache.plan.image_size, [LevelConfig(f, c) for f, c in cache.plan.levels])
-    weights = config.rectified_flow.level_weights
-    if weights is not None and len(weights) != len(cache.plan.levels):
-        raise UserError(f"rectified_flow.level_weights holds {len(weights)} values for {len(cache.plan.levels)} levels")
+    for name in ("level_weights", "level_shifts"):
+        values = getattr(config.rectified_flow, name)
+        if values is not None and len(values) != len(cache.plan.levels):
+            raise UserError(f"rectified_flow.{name} holds {len(values)} values for {len(cache.plan.levels)} levels")
     autoencoder = load_autoencoder(cache)
     run = open_run(config, f"{cache.plan.data}-{cache.plan.autoencoder}", runtime)
     state = build_state(config, runtime.device)
@@ -87,7 +93,7 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
         state.load_state_dict(resumed)
     model = runtime.wrap(state.network, config.compile)
     scaling = cache.scaling(config.scaling)
-    flow = RectifiedFlow(config.rectified_flow.eps, config.rectified_flow.level_weights)
+    flow = build_flow(config.rectified_flow)
 
     train = config.train
     step_images = per_step(train, runtime)
@@ -228,7 +234,7 @@ def make_pipeline(
 ) -> PyramidPipeline:
     """The EMA network with its autoencoder."""
     averaged = state.ema.export(state.network, config.ema.export)
-    return PyramidPipeline(averaged, autoencoder, scaling, eps=config.rectified_flow.eps)
+    return PyramidPipeline(averaged, autoencoder, scaling, build_flow(config.rectified_flow))
 
 
 def save(

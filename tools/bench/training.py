@@ -11,7 +11,6 @@ from bench.measuring import parameters, tensors, time_once, time_runs
 from bench.settings import Settings
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining
 from pyramid_ldm.data.photographs import ImageBatch
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pyramid import LatentScaling, flatten, pyramid_noise
 from pyramid_ldm.training import train_autoencoder, train_flow
@@ -121,7 +120,7 @@ class StageTwo(Step):
         super().__init__(settings)
         self.config, self.metrics, self.batch_size = config, Metrics(), batch
         self.state = train_flow.build_state(config, self.runtime.device)
-        self.flow = RectifiedFlow(config.rectified_flow.eps, config.rectified_flow.level_weights)
+        self.flow = train_flow.build_flow(config.rectified_flow)
         shapes = self.state.network.shapes
         zeros, ones = (tuple((value,) * shape[0] for shape in shapes) for value in (0.0, 1.0))
         self.scaling = LatentScaling(zeros, ones)
