@@ -1,5 +1,6 @@
 """Stage one: a folder of photographs to a pyramid autoencoder."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator, hinge_loss
 from pyramid_ldm.autoencoder.loss import AutoencoderLoss, discriminator_learns
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.autoencoder.regions import Regions
-from pyramid_ldm.config.autoencoder import AutoencoderTraining
+from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
 from pyramid_ldm.data.images import ImageFile, find_images, folder_fingerprint, split_held_out
 from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images, load_held_out
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import comparison_grid
-from pyramid_ldm.evaluation.metrics import local_lipschitz, psnr
+from pyramid_ldm.evaluation.metrics import local_lipschitz, psnr, ssim
 from pyramid_ldm.files import replace_directory
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pyramid import level_shapes, pyramid_noise
@@ -28,6 +29,8 @@ from pyramid_ldm.training.run import batches, open_run
 from pyramid_ldm.training.runtime import Runtime, start, stop_on_signal
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
 from pyramid_ldm.training.step import NonFinite, per_step, rounding_note, set_learning_rate, take_step
+
+Build = Callable[[AutoencoderConfig], PyramidAutoencoder]
 
 
 @dataclass
@@ -71,11 +74,11 @@ class State:
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
 
 
-def build_state(config: AutoencoderTraining, device: torch.device) -> State:
+def build_state(config: AutoencoderTraining, device: torch.device, build: Build = PyramidAutoencoder) -> State:
     """Networks, optimizers, averages and loss at zero images, on `device`."""
     runtime_seed, loss_config, train = config.seed, config.loss, config.train
     torch.manual_seed(runtime_seed)
-    autoencoder = PyramidAutoencoder(config.model).to(device).to(memory_format=torch.channels_last)
+    autoencoder = build(config.model).to(device).to(memory_format=torch.channels_last)
     discriminator = disc_optimizer = None
     betas, fused = (train.beta1, train.beta2), device.type in ("cuda", "cpu")
     if loss_config.gan.weight > 0:
@@ -95,13 +98,17 @@ def build_state(config: AutoencoderTraining, device: torch.device) -> State:
     )
 
 
-def train_autoencoder(config: AutoencoderTraining) -> tuple[Path, bool]:
-    """Runs, or resumes, stage one. Returns (run directory, whether it reached `train.images`)."""
+def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoencoder) -> tuple[Path, bool]:
+    """Runs, or resumes, stage one. Returns (run directory, whether it reached `train.images`).
+
+    Args:
+        build: the network of a model config; another one is trained in exactly the same way, to be compared.
+    """
     runtime = start(config.device, config.precision)
     files = find_images(Path(config.data.root))
     train_files, held_out_files = split_held_out(files, config.data.validation)
     run = open_run(config, folder_fingerprint(files), runtime)
-    state = build_state(config, runtime.device)
+    state = build_state(config, runtime.device, build)
     resumed, skipped = load_newest(run)
     if resumed is not None:
         state.load_state_dict(resumed)
@@ -240,7 +247,7 @@ def examine(
     runtime: Runtime,
     log: RunLog,
 ) -> None:
-    """Held-out images (training images where none are held out) through the EMA model: PSNR, LPIPS, and a grid of
+    """Held-out images (training images where none are held out) through the EMA model: PSNR, SSIM, LPIPS, and a grid of
     originals beside reconstructions."""
     if not runtime.main:
         return
@@ -252,11 +259,11 @@ def examine(
             decoded = averaged.decode_tiled(averaged.encode(image).mode()).float().clamp(-1, 1)
         shown.append(decoded)
         lpips = float("nan") if state.loss.perceptual is None else state.loss.perceptual.in_parts(decoded, image)
-        values.append((float(psnr(decoded, image)), lpips))
-    mean_psnr, mean_lpips = torch.tensor(values).mean(dim=0).tolist()
+        values.append((float(psnr(decoded, image)), float(ssim(decoded, image)), lpips))
+    mean_psnr, mean_ssim, mean_lpips = torch.tensor(values).mean(dim=0).tolist()
     ratio = local_lipschitz(lambda x: averaged.encode(x).mode(), images[:1])
     kind = "held_out" if held_out else "train"
-    found = {f"{kind}_psnr": mean_psnr, "local_lipschitz": float(ratio)}
+    found = {f"{kind}_psnr": mean_psnr, f"{kind}_ssim": mean_ssim, "local_lipschitz": float(ratio)}
     if state.loss.perceptual is not None:
         found[f"{kind}_lpips"] = mean_lpips
     log.metrics(state.images_seen, found)

@@ -1,0 +1,103 @@
+"""tools/compare_autoencoders.py: the same number of latent values for all, one loop, tables that go on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parent.parent / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import compare_autoencoders as compare  # noqa: E402
+from experiments import rows, tables  # noqa: E402
+
+from pyramid_ldm.config import AutoencoderConfig, LevelConfig  # noqa: E402
+from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
+
+
+def peer_config(factor, channels):
+    widths = [4] * factor.bit_length()
+    return AutoencoderConfig(
+        image_size=[2 * factor, 2 * factor],
+        levels=[LevelConfig(factor, channels)],
+        encoder=EncoderConfig(widths),
+        decoder=DecoderConfig(widths),
+        attention=AttentionConfig(max_tokens=0),
+    )
+
+
+def build_peer(family, factor, channels, width):
+    pytest.importorskip("diffusers")
+    from experiments.peers import PeerAutoencoder
+
+    torch.manual_seed(0)
+    return PeerAutoencoder(peer_config(factor, channels), family, width)
+
+
+@pytest.mark.parametrize(("family", "factor", "channels", "millions"), [("sd-vae", 8, 4, 83.7), ("dc-ae", 32, 32, 323)])
+def test_at_full_width_peers_are_the_published_ones(family, factor, channels, millions):
+    with torch.device("meta"):
+        model = build_peer(family, factor, channels, 1.0)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        millions, rel=3e-3
+    )  # and our log-variances
+
+
+@pytest.mark.parametrize("family", ["sd-vae", "dc-ae"])
+@pytest.mark.parametrize("factor", [16, 32])
+def test_a_peer_is_an_autoencoder_of_ours(family, factor):
+    model = build_peer(family, factor, 4, 1 / 8 if family == "dc-ae" else 1 / 4)
+    image = torch.randn(1, 3, 2 * factor, 2 * factor, generator=torch.Generator().manual_seed(1))
+    output = model(image)
+    assert output.reconstruction.shape == image.shape
+    assert [tuple(level.shape) for level in output.posterior.mean] == [(1, 4, 2, 2)]
+    assert output.posterior.log_variance[0].mean() < -4  # ours start at -6
+    output.reconstruction.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert model.decoder.last_weight.shape[0] == (12 if family == "dc-ae" else 3)  # pixel shuffle: 2x2 pixels
+    assert model.decoder.last_weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("ratio", compare.PYRAMIDS)
+def test_every_contender_has_the_same_number_of_values(ratio):
+    def values(latents):
+        return sum((128 // factor) ** 2 * channels for factor, channels in latents.items())
+
+    pyramid, single = compare.PYRAMIDS[ratio], compare.SINGLE[ratio]
+    assert values(pyramid) == values(single)
+    assert 3 * 128**2 / values(pyramid) == pytest.approx(ratio, rel=0.07)
+
+
+def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, photographs, monkeypatch):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("matplotlib")
+    words = ["compare", "--data", str(photographs), "--out", str(tmp_path / "out"), "--vgg", "random",
+             "--ratios", "205", "--models", "ours", "sd-vae", "--images", "2", "--peer-width", "0.25",
+             "--set", "train.batch_size=1", "precision=fp32", "model.encoder.blocks=1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    assert compare.main() == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| ours 1:205 |" in table
+    assert "| sd-vae 1:205 |" in table
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    for name in ("ours", "sd-vae"):
+        result = json.loads((tmp_path / "out" / f"{name}-1-205-0" / "result.json").read_text())
+        assert result["latent_values"] == 256
+    monkeypatch.setattr(rows, "train_autoencoder", None)  # nothing is trained twice
+    assert compare.main() == 0
+    assert (tmp_path / "out" / "table.md").read_text() == table
+
+
+def test_a_wrong_folder_is_one_line(tmp_path, capsys, monkeypatch):
+    words = ["compare", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--vgg", "random",
+             "--models", "ours", "--ratios", "205", "--set", "train.batch_sise=1"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    assert compare.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_spread_is_mean_and_standard_deviation():
+    assert tables.spread([20.0, 22.0], 2) == "21.00 ± 1.41"
+    assert tables.spread([20.0], 1) == "20.0"

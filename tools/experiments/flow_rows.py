@@ -1,0 +1,99 @@
+"""A row of stage two's table: one flow trained once, and how near its samples come to held-out images."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyramid_ldm.config import FlowTraining, load_config
+from pyramid_ldm.data.images import find_images, to_tensor
+from pyramid_ldm.data.photographs import load_crop
+from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
+from pyramid_ldm.files import write_text
+from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+from pyramid_ldm.training.train_flow import train_flow
+
+RECIPE = Path(__file__).parent / "flow.yaml"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features of real images that no row was trained on."""
+
+    features: Tensor  # (N, 2048)
+    moments: Moments
+
+    @classmethod
+    def of_folder(cls, folder: Path, size: tuple[int, int], inception: Inception) -> "Reference":
+        """Centre crops of every image of a folder."""
+        images = [load_crop(file.path, size, zoom=1.0, top=0.5, left=0.5) for file in find_images(folder)]
+        features = torch.cat([inception(batch) for batch in torch.stack(images).split(32)])
+        return cls(features, Moments.of([features]))
+
+    def distances(self, features: Tensor) -> dict[str, float]:
+        """Of samples from these images; `images` says how many samples."""
+        return {
+            "fid": frechet_distance(Moments.of([features]), self.moments),
+            "kid": kernel_distance(features, self.features),
+            "images": len(features),
+        }
+
+    def floor(self) -> dict[str, float]:
+        """The same between two halves of the real images: what no model can beat at that number."""
+        a, b = self.features[::2], self.features[1::2]
+        return {"fid": frechet_distance(Moments.of([a]), Moments.of([b])), "kid": kernel_distance(a, b)}
+
+
+@dataclass(frozen=True)
+class FlowTask:
+    """A row with a seed and the options of the whole table."""
+
+    name: str
+    row: tuple[str, ...]
+    seed: int
+    directory: Path
+    overrides: tuple[str, ...]
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.directory / f"{self.name}-{self.seed}".replace(" ", "-")
+
+    def config(self) -> FlowTraining:
+        """The recipe with the table's and then the row's overrides."""
+        own = (f"run_dir={self.run}", f"seed={self.seed}")
+        return load_config(FlowTraining, RECIPE, [*self.overrides, *self.row, *own])
+
+    def train(self, reference: Reference, inception: Inception, samples: int, steps: list[int]) -> dict[str, Any]:
+        """Trains, or goes on, or reads what is done. Returns the row's figures."""
+        result = self.run / "result.json"
+        if not result.is_file():
+            _, finished = train_flow(self.config())
+            if not finished:
+                raise KeyboardInterrupt
+            found: dict[str, Any] = {"losses": last_losses(self.run)}
+            pipeline = PyramidPipeline.from_pretrained(self.run)
+            for count in steps:
+                features = [
+                    inception(torch.stack([to_tensor(image) for image in output.images]))
+                    for output in pipeline.stream(
+                        list(range(samples)), 1, SolverOptions("euler", steps=count), batch_size=32
+                    )
+                ]
+                found[f"euler_{count}"] = reference.distances(torch.cat(features))
+            output = pipeline(num_images=16, seed=1, solver="rk45", rtol=1e-3, atol=1e-3)
+            found["rk45_nfe"] = output.nfe
+            write_text(result, json.dumps(found, indent=1) + "\n")
+        return json.loads(result.read_text())
+
+
+def last_losses(run: Path) -> dict[str, float]:
+    """Losses of every level, in training (loss_HxW, mean of the last interval) and held out (held_out_HxW)."""
+    found: dict[str, float] = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        found |= {key: value for key, value in record.items() if key.startswith(("loss_", "held_out_"))}
+    return found

@@ -1,0 +1,124 @@
+"""A row of a table: one network trained once, resumable, and what it costs."""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.config import AutoencoderTraining, load_config
+from pyramid_ldm.data.photographs import ImageBatch
+from pyramid_ldm.files import write_text
+from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.pyramid import level_shapes
+from pyramid_ldm.training.log import Metrics
+from pyramid_ldm.training.runtime import start
+from pyramid_ldm.training.step import take_step
+from pyramid_ldm.training.train_autoencoder import Build, accumulate, build_state, train_autoencoder
+
+RECIPE = Path(__file__).parent / "autoencoder.yaml"
+FIGURES = ("held_out_psnr", "held_out_ssim", "held_out_lpips")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained: overrides of the recipe, and a network of another family where `family` says so."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    family: str = "ours"  # ours | sd-vae | dc-ae
+    width: float = 1.0  # of a peer: a factor on its published widths
+
+    def build(self) -> Build:
+        """The network of a config."""
+        if self.family == "ours":
+            return PyramidAutoencoder
+        from experiments.peers import PeerAutoencoder
+
+        return partial(PeerAutoencoder, family=self.family, width=self.width)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row with a seed and the options of the whole table."""
+
+    row: Row
+    seed: int
+    directory: Path
+    overrides: tuple[str, ...]  # of every row: data, images, loss
+
+    @property
+    def run(self) -> Path:
+        """The run directory."""
+        return self.directory / f"{self.row.name}-{self.seed}".replace(" ", "-").replace("/", "-").replace(":", "-")
+
+    def config(self) -> AutoencoderTraining:
+        """The recipe with the table's and then the row's overrides."""
+        own = (f"run_dir={self.run}", f"seed={self.seed}")
+        return load_config(AutoencoderTraining, RECIPE, [*self.overrides, *self.row.overrides, *own])
+
+    def command(self) -> str:
+        """What repeats this row alone: the plain command line for ours."""
+        words = [*self.overrides, *self.row.overrides, f"seed={self.seed}"]
+        quoted = " ".join(f"'{word}'" if " " in word else word for word in words)
+        return f"pyramid-ldm train-ae tools/experiments/autoencoder.yaml {quoted} run_dir=RUN"
+
+    def train(self) -> dict[str, Any]:
+        """Trains, or goes on, or reads what is done. Returns the row's figures."""
+        result = self.run / "result.json"
+        if not result.is_file():
+            config = self.config()
+            _, finished = train_autoencoder(config, self.row.build())
+            if not finished:
+                raise KeyboardInterrupt
+            write_text(result, json.dumps(autoencoder_costs(config, self.row.build()), indent=1) + "\n")
+        return json.loads(result.read_text()) | {"curve": read_curve(self.run)}
+
+    def step_seconds(self) -> float:
+        """One training step with its loss, warm: the fastest of three."""
+        config = self.config()
+        runtime = start(config.device, config.precision)
+        state = build_state(config, runtime.device, self.row.build())
+        images = torch.rand(config.train.batch_size, 3, *config.image_size) * 2 - 1
+        batch = ImageBatch(images, list(range(len(images))), [""] * len(images), [])
+        seconds = []
+        for _ in range(4):
+            began = time.perf_counter()
+            accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
+            take_step(state.optimizer, state.autoencoder, 1.0, runtime, Metrics(), "grad_norm")
+            seconds.append(time.perf_counter() - began)
+        return min(seconds[1:])
+
+
+def read_curve(run: Path) -> list[dict[str, float]]:
+    """Held-out figures over images seen."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [{key: line[key] for key in ("images_seen", *FIGURES)} for line in lines if FIGURES[0] in line]
+
+
+def autoencoder_costs(config: AutoencoderTraining, build: Build) -> dict[str, Any]:
+    """Parameters, FLOPs (a multiply-add is two) and peak activation bytes (float32) of encoding and of decoding one
+    image; values of the latents."""
+    model = build(config.model).eval().requires_grad_(False)
+    shapes = level_shapes(model.levels, config.image_size)
+    found: dict[str, Any] = {"latent_values": sum(c * h * w for c, h, w in shapes), "ratio": model.compression_ratio()}
+    with torch.inference_mode():
+        inputs = {"encode": torch.zeros(1, 3, *config.image_size), "decode": tuple(torch.zeros(1, *s) for s in shapes)}
+        for part, network in (("encode", model.encoder), ("decode", model.decoder)):
+            counter = FlopCounterMode(display=False)
+            with counter:
+                network(inputs[part])
+            with PeakMemory(model.parameters()) as memory:
+                before = memory.live
+                network(inputs[part])
+            found |= {
+                f"{part}_parameters": sum(p.numel() for p in network.parameters()),
+                f"{part}_flops": counter.get_total_flops(),
+                f"{part}_bytes": memory.peak - before,
+            }
+    return found
