@@ -11,7 +11,7 @@ TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
 import compare_autoencoders as compare  # noqa: E402
-from experiments import rows, tables  # noqa: E402
+from experiments import latents, rows, tables  # noqa: E402
 
 from pyramid_ldm.config import AutoencoderConfig, LevelConfig  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
@@ -77,6 +77,7 @@ def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, photographs, monkey
              "--ratios", "205", "--models", "ours", "sd-vae", "--images", "2", "--peer-width", "0.25",
              "--set", "train.batch_size=1", "precision=fp32", "model.encoder.blocks=1"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(rows, "STATISTICS", 4)
     assert compare.main() == 0
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| ours 1:205 |" in table
@@ -88,6 +89,17 @@ def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, photographs, monkey
     monkeypatch.setattr(rows, "train_autoencoder", None)  # nothing is trained twice
     assert compare.main() == 0
     assert (tmp_path / "out" / "table.md").read_text() == table
+
+
+def test_predictability_of_known_pyramids():
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(200, 4, 2, 2, generator=generator)
+    news = torch.randn(200, 4, 4, 4, generator=generator)
+    repeated = torch.nn.functional.interpolate(coarse, scale_factor=2)
+    assert latents.predictability((coarse, news)) == pytest.approx([0, 0], abs=0.02)
+    assert latents.predictability((coarse, repeated))[1] == pytest.approx(1, abs=0.02)
+    mixed = latents.predictability((coarse, (repeated + news) / 2**0.5))[1]
+    assert 0.45 < mixed < 0.65  # half from below, and a little more from neighbours that share it
 
 
 def test_a_wrong_folder_is_one_line(tmp_path, capsys, monkeypatch):

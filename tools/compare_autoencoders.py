@@ -52,7 +52,7 @@ def contender(name: str, ratio: int, peer_width: float, learning_rate: float | N
         tiny = "[" + ", ".join(["4"] * depth) + "]"  # not looked at
         overrides += [f"model.encoder.widths={tiny}", f"model.decoder.widths={tiny}", "model.attention.max_tokens=0"]
         return Row(f"{name} 1:{ratio}", tuple(overrides), name, peer_width)
-    encoder, decoder = (16, 32, 64, 128, 192, 256, 256, 256), (16, 48, 96, 160, 256, 256, 256, 256)
+    encoder, decoder = (16, 32, 64, 128, 192, 256, 256, 256), (16, 40, 80, 160, 256, 256, 256, 256)
     overrides += [
         f"model.encoder.widths={list(encoder[:depth])}",
         f"model.decoder.widths={list(decoder[:depth])}",

@@ -32,7 +32,7 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
     "single latent": (
         "model.levels=[{factor: 16, channels: 8}]",
         "model.encoder.widths=[16, 32, 64, 128, 192]",
-        "model.decoder.widths=[16, 48, 96, 160, 256]",
+        "model.decoder.widths=[16, 40, 80, 160, 256]",
     ),
     "gan": (
         "loss.gan.weight=0.5",

@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.latents import crops, latent_statistics
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.config import AutoencoderTraining, load_config
+from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, load_config
 from pyramid_ldm.data.photographs import ImageBatch
 from pyramid_ldm.files import write_text
 from pyramid_ldm.memory import PeakMemory
 from pyramid_ldm.pyramid import level_shapes
+from pyramid_ldm.serialization import load_model
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import start
 from pyramid_ldm.training.step import take_step
 from pyramid_ldm.training.train_autoencoder import Build, accumulate, build_state, train_autoencoder
 
 RECIPE = Path(__file__).parent / "autoencoder.yaml"
+STATISTICS = 128  # random crops that latent statistics are taken of
 FIGURES = ("held_out_psnr", "held_out_ssim", "held_out_lpips")
 
 
@@ -76,7 +79,10 @@ class Task:
             _, finished = train_autoencoder(config, self.row.build())
             if not finished:
                 raise KeyboardInterrupt
-            write_text(result, json.dumps(autoencoder_costs(config, self.row.build()), indent=1) + "\n")
+            found = autoencoder_costs(config, self.row.build())
+            model = load_model(self.run / "model", self.row.build(), AutoencoderConfig)
+            found |= latent_statistics(model, crops(config.data.root, config.image_size, STATISTICS, config.data.zoom))
+            write_text(result, json.dumps(found, indent=1) + "\n")
         return json.loads(result.read_text()) | {"curve": read_curve(self.run)}
 
     def step_seconds(self) -> float:

@@ -13,8 +13,11 @@ DIGITS = {"held_out_psnr": 2, "held_out_ssim": 3, "held_out_lpips": 3}
 
 
 def markdown(groups: dict[str, list[Result]]) -> str:
-    """A table with a line a group of seeds: mean, and from two seeds on the standard deviation."""
-    head = ["", "1:", "values", "encoder", "decoder", "encode", "decode", "decode, peak", *TITLES.values(), "seeds"]
+    """A table with a line a group of seeds: mean, and from two seeds on the standard deviation. Latents, coarse to
+    fine, are the first seed's; predictable is the share of variance that a linear regression explains from coarser
+    levels and from the left and upper neighbours."""
+    costs = ["encoder", "decoder", "encode", "decode", "decode, peak"]
+    head = ["", "1:", "values", *costs, *TITLES.values(), "latent std", "predictable", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, results in groups.items():
         first = results[0]
@@ -26,6 +29,8 @@ def markdown(groups: dict[str, list[Result]]) -> str:
             *(f"{first[f'{part}_flops'] / 1e9:.1f} GFLOP" for part in ("encode", "decode")),
             f"{first['decode_bytes'] / 2**20:.0f} MiB",
             *(spread([result["curve"][-1][key] for result in results], DIGITS[key]) for key in FIGURES),
+            ", ".join(f"{value:.2f}" for value in first["latent_std"]),
+            ", ".join(f"{value:.2f}" for value in first["predictable"]),
             str(len(results)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
