@@ -186,11 +186,12 @@ class PyramidPipeline:
                 result: Pyramid = network(latents, t)
             return tuple(level[:present] for level in result)
 
-        field = self.objective.field(velocity)
         common: dict[str, Any] = {"eps": self.objective.eps, "max_nfe": options.max_nfe, "progress": progress}
         if not adaptive:
             common["max_nfe"] = max(options.max_nfe, options.steps)
+            field = self.objective.field(velocity, options.steps)
             return euler(field, noise, steps=options.steps, **common)
+        field = self.objective.field(velocity)
         solver = rk45 if options.solver == "rk45" else dopri5
         with _exact_float32():
             return solver(field, noise, rtol=options.rtol, atol=options.atol, **common)
@@ -223,8 +224,12 @@ class PyramidPipeline:
         """
         home = resolve_model_directory(Path(directory), "train-flow", MANIFEST)
         manifest = read_json(home / MANIFEST, "copy the model directory whole")
-        if manifest.get("format") != FORMAT:
-            raise UserError(f"{home / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}")
+        if manifest.get("format") not in (1, FORMAT):
+            raise UserError(
+                f"{home / MANIFEST}: format {manifest.get('format')}, this version reads 1 and {FORMAT}; "
+                f"install the version that wrote it"
+            )
+        objective = manifest.get("rectified_flow", {"eps": manifest.get("eps")})  # format 1 has eps alone
         flow = PyramidNCSNpp.from_pretrained(home / "flow")
         autoencoder = PyramidAutoencoder.from_pretrained(home / "autoencoder")
         if flow.levels != autoencoder.levels:
@@ -234,7 +239,7 @@ class PyramidPipeline:
             flow,
             autoencoder,
             LatentScaling(*(tuple(tuple(level) for level in scaling[key]) for key in ("mean", "std"))),
-            RectifiedFlow(**manifest["rectified_flow"]),
+            RectifiedFlow(**objective),
             checkpoint=sha256(home / "flow" / "model.safetensors")[:16],
         )
 

@@ -132,6 +132,14 @@ class TestRectifiedFlow:
         for velocity, after, before in zip(found, *ends, strict=True):
             assert velocity.item() == pytest.approx((after - before).item() / (2 * step), rel=1e-4)
 
+    @pytest.mark.parametrize("steps", [1, 10, 200])
+    def test_euler_follows_a_constant_prediction_exactly(self, steps):
+        flow = RectifiedFlow(level_shifts=[4.0, 0.25, 1.0])
+        noise = (torch.zeros(2, 1, 1, 1),) * 3
+        field = flow.field(lambda z, t: (torch.ones(2, 1, 1, 1),) * 3, steps)
+        for level in euler(field, noise, steps=steps).latents:
+            assert level.flatten().tolist() == pytest.approx([1, 1], abs=1e-5)
+
     @pytest.mark.parametrize("shifts", [None, [4.0, 1.0]])
     def test_a_shifted_flow_arrives_at_the_data(self, shifts):
         """The oracle of one image knows Z_1 - Z_0 from where it is: (Z_1 - Z) / (1 - tau)."""

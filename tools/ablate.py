@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from experiments.ablations import AUTOENCODER, FLOW
 from experiments.rows import Row, Task
 from experiments.tables import draw_curves, markdown, spread
@@ -71,9 +70,10 @@ def ablate_flow(args: argparse.Namespace) -> None:
 
     from pyramid_ldm.data.shards import LatentCache
     from pyramid_ldm.evaluation.frechet import Inception
+    from pyramid_ldm.training.runtime import start
 
     height, width = LatentCache(args.shards).plan.image_size
-    inception = Inception(args.inception, torch.device("cpu"))
+    inception = Inception(args.inception, start("auto", "auto").device)
     reference = Reference.of_folder(args.reference, (height, width), inception)
     groups: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
@@ -89,14 +89,21 @@ def flow_markdown(groups: dict[str, list[dict[str, Any]]], steps: list[int]) -> 
     """A line a group of seeds."""
     levels = [key for key in next(iter(groups.values()))[0]["losses"] if key.startswith("held_out_")]
     losses = [f"{key.removeprefix('held_out_')}: held-out loss (gap)" for key in levels]
-    head = ["", *(f"FID, Euler {n}" for n in steps), f"KID x 1000, Euler {steps[-1]}", *losses, "RK45 NFE", "seeds"]
+    head = [
+        "",
+        *(f"FID, Euler {n}" for n in steps),
+        f"KID x 1000, Euler {steps[-1]}",
+        *losses,
+        "NFE of RK45 at 1e-3",
+        "seeds",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, results in groups.items():
         cells = [name, *(spread([r[f"euler_{n}"]["fid"] for r in results], 1) for n in steps)]
         cells.append(spread([1000 * r[f"euler_{steps[-1]}"]["kid"] for r in results], 2))
         for key in levels:
             held_out = [r["losses"][key] for r in results]
-            gaps = [r["losses"][key] - r["losses"][key.replace("held_out", "loss")] for r in results]
+            gaps = [r["losses"][key] - r["losses"][key.replace("held_out", "train")] for r in results]
             cells.append(f"{spread(held_out, 3)} ({mean(gaps):+.3f})")
         cells += [f"{mean(r['rk45_nfe'] for r in results):.0f}", str(len(results))]
         lines.append("| " + " | ".join(cells) + " |")
@@ -105,7 +112,7 @@ def flow_markdown(groups: dict[str, list[dict[str, Any]]], steps: list[int]) -> 
 
 def floor_line(reference: Any, samples: int) -> str:
     """What the distances mean."""
-    floor = reference.floor()
+    floor = reference.halves()
     half = len(reference.features) // 2
     return (
         f"\n{samples} samples against {len(reference.features)} real images. Two halves of {half} real images are "

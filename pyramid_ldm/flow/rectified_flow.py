@@ -51,16 +51,27 @@ class RectifiedFlow:
 
     def interpolate(self, data: Pyramid, noise: Pyramid, t: Tensor) -> Pyramid:
         """Z_t = t Z_1 + (1 - t) Z_0 (equation 2) at each level's own time; t of shape (B,)."""
-        times = [column(shift * t / (1 + (shift - 1) * t)) for shift in self._shifts(data)]
+        times = [column(shifted(t, shift)) for shift in self._shifts(data)]
         return tuple(t_i * z1 + (1 - t_i) * z0 for t_i, z1, z0 in zip(times, data, noise, strict=True))
 
-    def field(self, network: Velocity) -> Velocity:
-        """dZ/dt, to be solved, from a network that predicts Z_1 - Z_0: times d tau_i / dt = s / (1 + (s - 1) t)^2."""
+    def field(self, network: Velocity, steps: int | None = None) -> Velocity:
+        """dZ/dt, to be solved, from a network that predicts Z_1 - Z_0: times d tau_i / dt = s / (1 + (s - 1) t)^2.
+
+        Args:
+            steps: for Euler with so many: the mean rate over the step that follows t instead, so that a constant
+                prediction is followed exactly.
+        """
         if self.level_shifts is None:
             return network
 
+        def rate(t: Tensor, shift: float) -> Tensor:
+            if steps is None:
+                return shift / (1 + (shift - 1) * t) ** 2
+            done = (t - self.eps) / (1 - self.eps)  # k / steps, on Euler's grid
+            return steps * (shifted(done + 1 / steps, shift) - shifted(done, shift))
+
         def field(latents: Pyramid, t: Tensor) -> Pyramid:
-            rates = [column(shift / (1 + (shift - 1) * t) ** 2) for shift in self._shifts(latents)]
+            rates = [column(rate(t, shift)) for shift in self._shifts(latents)]
             return tuple(rate * v for rate, v in zip(rates, network(latents, t), strict=True))
 
         return field
@@ -87,6 +98,11 @@ def one_a_level(name: str, values: Sequence[float] | None, levels: int) -> Seque
     if values is not None and len(values) != levels:
         raise ValueError(f"{len(values)} {name} for {levels} levels")
     return [1.0] * levels if values is None else values
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """tau(t) = s t / (1 + (s - 1) t)."""
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def column(t: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Stage two: cached latents to a rectified-flow network."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,24 +190,16 @@ def examine(
     runtime: Runtime,
     log: RunLog,
 ) -> None:
-    """The EMA network: held-out loss per level, and samples of fixed seeds."""
+    """The EMA network: loss per level on training and on held-out records, and samples of fixed seeds."""
     pipeline = make_pipeline(config, autoencoder, scaling, state).to(runtime.device)
-    held_out = cache.indices("held_out")
-    if held_out:
-        records = LatentRecords(cache, held_out, config.seed, config.data.posterior, shuffle=False)
-        found = []
-        for start_at in range(0, min(256, 4 * len(held_out)), 32):  # several times and noises for each image
-            batch = collate_latents([records[start_at + i] for i in range(32)])
-            latents, noise, time = (x.to(runtime.device) for x in batch[:3])
-            data = scaling.scale(unflatten(latents, state.network.shapes))
-            with runtime.autocast():
-                found.append(
-                    flow.loss(pipeline.flow, data, unflatten(noise, state.network.shapes), flow.time(time)).levels
-                )
-        losses = named_levels(state.network, torch.stack(found).mean(dim=0), "held_out")
-        values = {name: float(value) for name, value in losses.items()}
-        log.metrics(state.images_seen, values)
-        log.say("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    found: dict[str, Tensor] = {}
+    for split in ("train", "held_out"):
+        if cache.indices(split):
+            losses = mean_losses(config, cache, split, pipeline, flow, runtime)
+            found |= named_levels(state.network, losses, split)
+    values = {name: float(value) for name, value in found.items()}
+    log.metrics(state.images_seen, values)
+    log.say("  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("held_out")))
     options = SolverOptions("euler", steps=config.samples.steps)
     indices = list(range(config.log.pictures))
     images = [
@@ -216,6 +208,30 @@ def examine(
         for image in output.images
     ]
     log.picture("samples", state.images_seen, grid(images))
+
+
+def mean_losses(
+    config: FlowTraining,
+    cache: LatentCache,
+    split: str,
+    pipeline: PyramidPipeline,
+    flow: RectifiedFlow,
+    runtime: Runtime,
+) -> Tensor:
+    """(levels,): of the EMA network, without dropout, on up to 256 draws of a split: several times and noises for each
+    image, the same in every run of a seed. Times are uniform whatever training draws, so that runs can be compared."""
+    chosen = cache.indices(split)
+    records = LatentRecords(cache, chosen, config.seed, config.data.posterior, shuffle=False)
+    flow = replace(flow, time_distribution="uniform")
+    found = []
+    for start_at in range(0, min(256, 4 * len(chosen)), 32):
+        batch = collate_latents([records[start_at + i] for i in range(32)])
+        latents, noise, time = (x.to(runtime.device) for x in batch[:3])
+        data = pipeline.scaling.scale(unflatten(latents, pipeline.flow.shapes))
+        with runtime.autocast():
+            loss = flow.loss(pipeline.flow, data, unflatten(noise, pipeline.flow.shapes), flow.time(time))
+        found.append(loss.levels)
+    return torch.stack(found).mean(dim=0)
 
 
 def load_autoencoder(cache: LatentCache) -> PyramidAutoencoder:

@@ -29,7 +29,7 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
         "model.levels=[{factor: 128, channels: 64}, {factor: 64, channels: 16}, {factor: 32, channels: 12}, "
         "{factor: 16, channels: 3}]",
     ),
-    "single latent": (
+    "single latent": (  # its trunk ends at the latent: fewer parameters
         "model.levels=[{factor: 16, channels: 8}]",
         "model.encoder.widths=[16, 32, 64, 128, 192]",
         "model.decoder.widths=[16, 40, 80, 160, 256]",
@@ -54,7 +54,7 @@ FLOW: dict[str, tuple[str, ...]] = {
     "attention none": ("model.attention=none",),
     "scaling paper": ("scaling=paper",),
     "scaling channel": ("scaling=channel",),
-    "weights by values": ("rectified_flow.level_weights=[0.25, 0.5, 1, 2]",),
+    "finer levels weigh more": ("rectified_flow.level_weights=[0.25, 0.5, 1, 2]",),
     "time logit-normal": ("rectified_flow.time_distribution=logit_normal",),
     "coarse levels ahead": ("rectified_flow.level_shifts=[4, 2.5, 1.6, 1]",),
     "coarse levels behind": ("rectified_flow.level_shifts=[0.25, 0.4, 0.63, 1]",),

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.rows import remember
 from pyramid_ldm.config import FlowTraining, load_config
+from pyramid_ldm.config.base import to_yaml
 from pyramid_ldm.data.images import find_images, to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
@@ -41,8 +43,8 @@ class Reference:
             "images": len(features),
         }
 
-    def floor(self) -> dict[str, float]:
-        """The same between two halves of the real images: what no model can beat at that number."""
+    def halves(self) -> dict[str, float]:
+        """The same between two halves of the real images, to compare with; fewer images make FID larger."""
         a, b = self.features[::2], self.features[1::2]
         return {"fid": frechet_distance(Moments.of([a]), Moments.of([b])), "kid": kernel_distance(a, b)}
 
@@ -65,17 +67,18 @@ class FlowTask:
     def config(self) -> FlowTraining:
         """The recipe with the table's and then the row's overrides."""
         own = (f"run_dir={self.run}", f"seed={self.seed}")
-        return load_config(FlowTraining, RECIPE, [*self.overrides, *self.row, *own])
+        return load_config(FlowTraining, RECIPE, [*self.row, *self.overrides, *own])
 
     def train(self, reference: Reference, inception: Inception, samples: int, steps: list[int]) -> dict[str, Any]:
         """Trains, or goes on, or reads what is done. Returns the row's figures."""
-        result = self.run / "result.json"
+        result, judged = self.run / "result.json", {"samples": samples, "steps": steps, "real": len(reference.features)}
+        remember(self.run, {"config": to_yaml(self.config())} | judged)
         if not result.is_file():
             _, finished = train_flow(self.config())
             if not finished:
                 raise KeyboardInterrupt
             found: dict[str, Any] = {"losses": last_losses(self.run)}
-            pipeline = PyramidPipeline.from_pretrained(self.run)
+            pipeline = PyramidPipeline.from_pretrained(self.run).to(inception.device)
             for count in steps:
                 features = [
                     inception(torch.stack([to_tensor(image) for image in output.images]))
@@ -91,9 +94,9 @@ class FlowTask:
 
 
 def last_losses(run: Path) -> dict[str, float]:
-    """Losses of every level, in training (loss_HxW, mean of the last interval) and held out (held_out_HxW)."""
+    """Losses of every level at the end, on training and held-out records (train_HxW, held_out_HxW)."""
     found: dict[str, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        found |= {key: value for key, value in record.items() if key.startswith(("loss_", "held_out_"))}
+        found |= {key: value for key, value in record.items() if key.startswith(("train_", "held_out_"))}
     return found

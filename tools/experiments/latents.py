@@ -14,17 +14,17 @@ from pyramid_ldm.data.photographs import Photographs, Preprocessing
 from pyramid_ldm.pyramid import Pyramid
 
 
-def predictability(latents: Pyramid) -> list[float]:
+def predictability(latents: Pyramid) -> list[float | None]:
     """For each level, the share of its variance that a linear regression explains from every coarser level (at the
     same place) and from the left and upper neighbours: fitted on even images, measured on odd ones. 0: news to stage
-    two; 1: redundant."""
-    found = []
+    two; 1: redundant; None: nothing to predict it from."""
+    found: list[float | None] = []
     for i, level in enumerate(latents):
         height, width = level.shape[2:]
         sources = [F.interpolate(coarse, size=(height, width), mode="nearest") for coarse in latents[:i]]
-        padded = F.pad(level, (1, 0, 1, 0))
+        padded = F.pad(level - level.mean(dim=(0, 2, 3), keepdim=True), (1, 0, 1, 0))
         sources += [padded[:, :, 1:, :-1], padded[:, :, :-1, 1:]] if height * width > 1 else []
-        found.append(explained(torch.cat(sources, dim=1), level) if sources else 0.0)
+        found.append(explained(torch.cat(sources, dim=1), level) if sources else None)
     return found
 
 

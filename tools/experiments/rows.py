@@ -1,6 +1,7 @@
 """A row of a table: one network trained once, resumable, and what it costs."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiments.latents import crops, latent_statistics
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, load_config
+from pyramid_ldm.config.base import to_yaml
 from pyramid_ldm.data.photographs import ImageBatch
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import write_text
 from pyramid_ldm.memory import PeakMemory
 from pyramid_ldm.pyramid import level_shapes
@@ -24,7 +27,7 @@ from pyramid_ldm.training.step import take_step
 from pyramid_ldm.training.train_autoencoder import Build, accumulate, build_state, train_autoencoder
 
 RECIPE = Path(__file__).parent / "autoencoder.yaml"
-STATISTICS = 128  # random crops that latent statistics are taken of
+STATISTICS = 256  # random crops that latent statistics are taken of
 FIGURES = ("held_out_psnr", "held_out_ssim", "held_out_lpips")
 
 
@@ -61,21 +64,15 @@ class Task:
         return self.directory / f"{self.row.name}-{self.seed}".replace(" ", "-").replace("/", "-").replace(":", "-")
 
     def config(self) -> AutoencoderTraining:
-        """The recipe with the table's and then the row's overrides."""
+        """The recipe, the row's overrides, then the table's."""
         own = (f"run_dir={self.run}", f"seed={self.seed}")
-        return load_config(AutoencoderTraining, RECIPE, [*self.overrides, *self.row.overrides, *own])
-
-    def command(self) -> str:
-        """What repeats this row alone: the plain command line for ours."""
-        words = [*self.overrides, *self.row.overrides, f"seed={self.seed}"]
-        quoted = " ".join(f"'{word}'" if " " in word else word for word in words)
-        return f"pyramid-ldm train-ae tools/experiments/autoencoder.yaml {quoted} run_dir=RUN"
+        return load_config(AutoencoderTraining, RECIPE, [*self.row.overrides, *self.overrides, *own])
 
     def train(self) -> dict[str, Any]:
         """Trains, or goes on, or reads what is done. Returns the row's figures."""
-        result = self.run / "result.json"
+        result, config = self.run / "result.json", self.config()
+        remember(self.run, {"config": to_yaml(config), "family": self.row.family, "width": self.row.width})
         if not result.is_file():
-            config = self.config()
             _, finished = train_autoencoder(config, self.row.build())
             if not finished:
                 raise KeyboardInterrupt
@@ -86,7 +83,8 @@ class Task:
         return json.loads(result.read_text()) | {"curve": read_curve(self.run)}
 
     def step_seconds(self) -> float:
-        """One training step with its loss, warm: the fastest of three."""
+        """Gradients and update of one batch, warm: the fastest of three. Without reading images, weight averages and
+        the discriminator."""
         config = self.config()
         runtime = start(config.device, config.precision)
         state = build_state(config, runtime.device, self.row.build())
@@ -101,10 +99,23 @@ class Task:
         return min(seconds[1:])
 
 
+def remember(run: Path, options: dict[str, Any]) -> None:
+    """Writes what a row is made with beside its run, or refuses another row of the same name there."""
+    note = run.with_name(run.name + ".json")
+    if note.is_file() and json.loads(note.read_text()) != options:
+        raise UserError(f"{run}: was made with other options (see {note.name}); give another --out, or delete both")
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_text(note, json.dumps(options, indent=1) + "\n")
+
+
 def read_curve(run: Path) -> list[dict[str, float]]:
     """Held-out figures over images seen."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
-    return [{key: line[key] for key in ("images_seen", *FIGURES)} for line in lines if FIGURES[0] in line]
+    return [
+        {key: math.nan if line.get(key) is None else line[key] for key in ("images_seen", *FIGURES)}
+        for line in lines
+        if FIGURES[0] in line
+    ]
 
 
 def autoencoder_costs(config: AutoencoderTraining, build: Build) -> dict[str, Any]:

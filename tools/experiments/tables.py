@@ -30,7 +30,7 @@ def markdown(groups: dict[str, list[Result]]) -> str:
             f"{first['decode_bytes'] / 2**20:.0f} MiB",
             *(spread([result["curve"][-1][key] for result in results], DIGITS[key]) for key in FIGURES),
             ", ".join(f"{value:.2f}" for value in first["latent_std"]),
-            ", ".join(f"{value:.2f}" for value in first["predictable"]),
+            ", ".join("-" if value is None else f"{value:.2f}" for value in first["predictable"]),
             str(len(results)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
