@@ -18,7 +18,6 @@ from torch import Tensor
 from pyramid_ldm.errors import UserError
 
 Floats = NDArray[np.float64]
-FEATURES = 2048
 
 
 class Inception:
