@@ -21,6 +21,7 @@ CONFIGS = {
     "deep branch": {"levels": ((16, 4), (4, 4)), "attention__max_tokens": 0, "decoder__branch_blocks": 3},
     "vq": {"levels": ((16, 4), (8, 4)), "latent": "vq", "codebook_size": 16},
     "group norms": {"levels": ((32, 6), (8, 4)), "attention__max_tokens": 16, "norm": "group"},
+    "bilinear": {"levels": ((32, 6), (4, 4)), "attention__max_tokens": 16, "decoder__upsampling": "bilinear"},
     "one level": {"levels": ((1, 4),), "attention__max_tokens": 0},
 }
 ALL_GLOBAL = {"levels": ((8, 4),), "attention__max_tokens": 1 << 20}

@@ -65,6 +65,7 @@ class PyramidAutoencoder(nn.Module):
             head_channels=config.attention.head_channels,
             softmax_tokens=config.attention.softmax_tokens,
             dropout=config.decoder.dropout,
+            upsampling=config.decoder.upsampling,
             norm=config.norm,
             checkpoint_factors=config.checkpoint_factors,
         )

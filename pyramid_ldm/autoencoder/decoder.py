@@ -15,6 +15,8 @@ from pyramid_ldm.nn.resample import bilinear_up, nearest_up
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
 from pyramid_ldm.pyramid import LatentLevel, Pyramid
 
+UPSAMPLING = {"nearest": nearest_up, "bilinear": bilinear_up}
+
 
 class ResidualBranch(nn.Module):
     """A latent's way to the backbone: 1x1 convolution, then residual blocks, each followed by attention."""
@@ -103,11 +105,14 @@ class DecoderLevel(nn.Module):
         rgb_leaves: bool,
         residual: bool,
         norm: str,
+        upsampling: str,
     ) -> None:
         super().__init__()
         self.local = norm == "pixel"
         self.up = (
-            Resampling(previous_width, width, nearest_up, residual=residual, norm=norm) if previous_width else None
+            Resampling(previous_width, width, UPSAMPLING[upsampling], residual=residual, norm=norm)
+            if previous_width
+            else None
         )
         self.branch = branch
         self.blocks = nn.Sequential()
@@ -156,6 +161,7 @@ class PyramidDecoder(nn.Module):
         dropout: at the lowest resolution, falling linearly to 0 at the highest.
         norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
             sees the whole image everywhere.
+        upsampling: of features: "nearest" (PDM) or "bilinear". RGB is always bilinear.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
 
@@ -174,6 +180,7 @@ class PyramidDecoder(nn.Module):
         softmax_tokens: int = 4096,
         dropout: float = 0.35,
         norm: str = "pixel",
+        upsampling: str = "nearest",
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -200,6 +207,7 @@ class PyramidDecoder(nn.Module):
 
         self.factors = factors
         self.latent_factors = tuple(channels)  # coarse to fine
+        self.margin = 1 if upsampling == "bilinear" else 0  # see `plan`
         self.checkpoint_factors = frozenset(checkpoint_factors)
         self.levels = nn.ModuleList()
         for factor, width, rate in zip(factors, reversed(widths), rates, strict=True):
@@ -218,6 +226,7 @@ class PyramidDecoder(nn.Module):
                     rgb_leaves=factor == 1 or skip in ("skip", "res_skip"),
                     residual=skip in ("residual", "res_skip"),
                     norm=norm,
+                    upsampling=upsampling,
                 )
             )
 
@@ -284,7 +293,7 @@ class PyramidDecoder(nn.Module):
         sizes = self._sizes(latents)
         first = self._global_levels()
         while first < len(sizes):
-            (step, *_), _ = plan(regions, sizes[first:], self._reaches(first))
+            (step, *_), _ = plan(regions, sizes[first:], self._reaches(first), self.margin)
             height, width = sizes[first]
             if len(regions.corners) * step.above.height * step.above.width < latents[0].shape[0] * height * width:
                 break
@@ -297,7 +306,7 @@ class PyramidDecoder(nn.Module):
 
     def _finish(self, h: Tensor, rgb: Tensor | None, latents: Pyramid, first: int, regions: Regions) -> Tensor:
         """The levels from `first` on, in part."""
-        steps, final = plan(regions, self._sizes(latents)[first:], self._reaches(first))
+        steps, final = plan(regions, self._sizes(latents)[first:], self._reaches(first), self.margin)
         _, image = self._run(h, rgb, latents, range(first, len(self.factors)), steps)
         assert image is not None, "RGB leaves the finest level"
         return final(image)

@@ -111,11 +111,11 @@ class Window:
             ),
         )
 
-    def below(self, size: tuple[int, int]) -> "Window":
+    def below(self, size: tuple[int, int], margin: int = 0) -> "Window":
         """What up-sampling by two and a 3x3 convolution read, on the coarser grid of `size`: pixel a of the finer
-        lies over a // 2, and its neighbours may lie over the next one."""
+        lies over a // 2, and its neighbours may lie over the next one; `margin` further for interpolation."""
         corners = tuple(((top - 1) // 2, (left - 1) // 2) for top, left in self.corners)
-        return Window(self.height // 2 + 2, self.width // 2 + 2, corners).widened(0, size)
+        return Window(self.height // 2 + 2, self.width // 2 + 2, corners).widened(margin, size)
 
     def cut(self, arrays: Sequence[int], origins: Sequence[tuple[int, int]]) -> Cut:
         """The cut that takes entry j out of `arrays[j]`, which begins at `origins[j]`."""
@@ -123,13 +123,16 @@ class Window:
         return Cut(self.height, self.width, tuple((array, top - y, left - x) for array, (top, left), (y, x) in places))
 
 
-def plan(regions: Regions, sizes: Sequence[tuple[int, int]], reaches: Sequence[int]) -> tuple[list[Step], Cut]:
+def plan(
+    regions: Regions, sizes: Sequence[tuple[int, int]], reaches: Sequence[int], margin: int = 0
+) -> tuple[list[Step], Cut]:
     """Windows for the finer levels of a decoder, which are computed in part; the level before them is whole.
 
     Args:
         regions: what is wanted.
         sizes: (height, width) of these levels, coarse to fine; the last is the image. None: all of it is whole.
         reaches: how many pixels away the output of each level depends on its input.
+        margin: how many pixels of the coarser level up-sampling reads beside the one that it lies over: 0 for nearest.
 
     Returns:
         A step a level, and the cut from the finest window to the regions.
@@ -139,7 +142,7 @@ def plan(regions: Regions, sizes: Sequence[tuple[int, int]], reaches: Sequence[i
     inner = wanted
     for size, reach in zip(reversed(sizes), reversed(reaches), strict=True):
         window = inner.widened(reach, size)
-        inner = window.below((size[0] // 2, size[1] // 2))
+        inner = window.below((size[0] // 2, size[1] // 2), margin)
         computed.append(window)
         needed.append(inner)
 

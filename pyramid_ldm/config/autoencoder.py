@@ -56,10 +56,12 @@ class DecoderConfig:
     widths: list[int] = field(default_factory=lambda: [32, 64, 128])
     branch: str = "residual"  # residual | vit
     branch_blocks: int = 2
+    upsampling: str = "nearest"  # nearest | bilinear: of features; RGB is always bilinear
     dropout: float = 0.35  # at the lowest resolution, falling linearly to 0 at the highest
 
     def __post_init__(self) -> None:
         require_choice("model.decoder.branch", self.branch, ("residual", "vit"))
+        require_choice("model.decoder.upsampling", self.upsampling, ("nearest", "bilinear"))
         require(self.branch_blocks >= 0, f"model.decoder.branch_blocks is {self.branch_blocks}; 0 or more")
         require(0 <= self.dropout < 1, f"model.decoder.dropout is {self.dropout}; it must lie in [0, 1)")
 

@@ -19,6 +19,7 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
     ),
     "max pooling": ("model.encoder.pooling=max",),
     "unshuffle": ("model.encoder.pooling=unshuffle",),
+    "bilinear": ("model.decoder.upsampling=bilinear",),
     "dropout 0.35": ("model.decoder.dropout=0.35",),
     "kl 1e-8": ("loss.kl=1.0e-8",),
     "kl 1e-4": ("loss.kl=1.0e-4",),
