@@ -71,7 +71,10 @@ class Check:
         return self.ends - time.monotonic() - RESERVE
 
     def start(self, words: Sequence[object]) -> "subprocess.Popen[str]":
-        """`python WORDS`, in a process group of its own."""
+        """`python WORDS`, in a process group of its own, that listens to Ctrl-C even where this one, being started in
+        the background, was told not to."""
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(
             [sys.executable, *map(str, words)], cwd=ROOT, env=self.environment, stdout=self.log,
             stderr=subprocess.STDOUT, text=True, process_group=0,
