@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -40,6 +41,14 @@ def test_shifted_levels_travel_with_the_pipeline(directory, tmp_path):
     a, b, c = (pipe(1, solver="euler", steps=4).latents[0] for pipe in (plain, shifted, loaded))
     assert torch.equal(b, c)
     assert (a - b).abs().max() > 1e-3
+
+
+def test_a_pipeline_of_format_1_is_read(directory, tmp_path):
+    shutil.copytree(directory / "model", tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / "pipeline.json").read_text())
+    old = {"format": 1, "eps": 3e-3, "scaling": manifest["scaling"]}
+    (tmp_path / "old" / "pipeline.json").write_text(json.dumps(old))
+    assert PyramidPipeline.from_pretrained(tmp_path / "old").objective == RectifiedFlow(eps=3e-3)
 
 
 def test_images_latents_and_count_of_evaluations(directory):

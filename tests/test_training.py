@@ -131,6 +131,16 @@ def test_the_autoencoder_learns(home):
     assert loss[48] < 0.7 * loss[4]
 
 
+def test_held_out_figures_are_logged_at_the_end(home):
+    """Finite, and of the same order on both sides: the averaged network, without dropout, on the same times."""
+    assert 0 < logged(home / "ae", "held_out_ssim")[48] < 1
+    names = [key for key in json.loads((home / "flow/metrics.jsonl").read_text().splitlines()[-1]) if "held" in key]
+    assert len(names) >= 2
+    for name in names:
+        held_out, train = (logged(home / "flow", key)[48] for key in (name, name.replace("held_out", "train")))
+        assert 0.3 < held_out / train < 3
+
+
 def test_autoencoder_killed_and_resumed_ends_bit_for_bit_the_same(home, photographs, tmp_path):
     """Past the GAN's start, with dropout, EMA, both optimizers and the adaptive weight."""
     arguments = ("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")

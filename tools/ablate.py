@@ -16,11 +16,10 @@ from statistics import mean
 from typing import Any
 
 from experiments.ablations import AUTOENCODER, FLOW
+from experiments.command import exit_code
 from experiments.rows import Row, Task
 from experiments.tables import draw_curves, markdown, spread
 
-from pyramid_ldm.config.base import ConfigError
-from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import write_text
 
 
@@ -122,16 +121,9 @@ def floor_line(reference: Any, samples: int) -> str:
 
 def main() -> int:
     args = parse()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        {"autoencoder": ablate_autoencoder, "flow": ablate_flow}[args.stage](args)
-    except (ConfigError, UserError) as error:
-        print(f"ablate: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    work = {"autoencoder": ablate_autoencoder, "flow": ablate_flow}[args.stage]
+    return exit_code("ablate", lambda: work(args))
 
 
 if __name__ == "__main__":

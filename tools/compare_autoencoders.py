@@ -20,12 +20,11 @@ import json
 import sys
 from pathlib import Path
 
+from experiments.command import exit_code
 from experiments.rows import Row, Task
 from experiments.tables import Result, draw_curves, markdown
 
-from pyramid_ldm.config.base import ConfigError
 from pyramid_ldm.data.images import find_images
-from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import write_text
 
 # Latents of a 128x128 image, coarse to fine, factor: channels. Equal numbers of values: 256 (the nearest to 1:205 that
@@ -36,9 +35,8 @@ PYRAMIDS = {
     48: {128: 16, 64: 12, 32: 12, 16: 12},
 }
 SINGLE = {192: {32: 16}, 96: {16: 8}, 48: {16: 16}}
-# At 1:96, seed 0: sd-vae 13.5, 13.9, 12.7 dB at 1e-4, 2e-4, 5e-4 after 300 images; ours 19.7, 19.5 dB at 2e-4, 5e-4 after
-# 1,500, and 16.9 where 5e-4 has 19.1 at 1e-3 after 1,000;
-# dc-ae was tried at 2e-4 alone. --learning-rate tries another.
+# At 1:96, seed 0: sd-vae 13.5, 13.9, 12.7 dB at 1e-4, 2e-4, 5e-4 after 300 images; ours 19.7, 19.5 dB at 2e-4, 5e-4
+# after 1,500, and 16.9 at 1e-3 where 5e-4 has 19.1 after 1,000; dc-ae was tried at 2e-4 alone.
 LEARNING_RATES = {"ours": 2e-4, "ours-single": 2e-4, "sd-vae": 2e-4, "dc-ae": 2e-4}
 
 
@@ -128,15 +126,7 @@ def run(args: argparse.Namespace) -> dict[str, list[Result]]:
 
 def main() -> int:
     args = parse()
-    try:
-        run(args)
-    except (ConfigError, UserError) as error:
-        print(f"compare_autoencoders: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("compare_autoencoders", lambda: run(args))
 
 
 if __name__ == "__main__":

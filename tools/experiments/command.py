@@ -1,0 +1,20 @@
+"""How both tools end."""
+
+import sys
+from collections.abc import Callable
+
+from pyramid_ldm.config.base import ConfigError
+from pyramid_ldm.errors import UserError
+
+
+def exit_code(name: str, work: Callable[[], object]) -> int:
+    """0 done; 2 the input is wrong, said in one line; 130 after Ctrl-C, when the same command goes on."""
+    try:
+        work()
+    except (ConfigError, UserError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
