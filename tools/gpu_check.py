@@ -71,8 +71,7 @@ class Check:
         return self.ends - time.monotonic() - RESERVE
 
     def start(self, words: Sequence[object]) -> "subprocess.Popen[str]":
-        """`python WORDS`, in a process group of its own, that listens to Ctrl-C even where this one, being started in
-        the background, was told not to."""
+        """`python WORDS`, a process group of its own that hears Ctrl-C even if we, in the background, do not."""
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         return subprocess.Popen(

@@ -36,11 +36,10 @@ class Reference:
         return cls(features, Moments.of([features]))
 
     def distances(self, features: Tensor) -> dict[str, float]:
-        """Of samples from these images; `images` says how many samples."""
+        """Of samples from these images."""
         return {
             "fid": frechet_distance(Moments.of([features]), self.moments),
             "kid": kernel_distance(features, self.features),
-            "images": len(features),
         }
 
     def halves(self) -> dict[str, float]:
@@ -65,7 +64,7 @@ class FlowTask:
         return self.directory / f"{self.name}-{self.seed}".replace(" ", "-")
 
     def config(self) -> FlowTraining:
-        """The recipe with the table's and then the row's overrides."""
+        """The recipe, the row's overrides, then the table's."""
         own = (f"run_dir={self.run}", f"seed={self.seed}")
         return load_config(FlowTraining, RECIPE, [*self.row, *self.overrides, *own])
 
