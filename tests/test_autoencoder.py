@@ -23,6 +23,8 @@ VARIANTS = {
     "residual": {"skip": "residual"},
     "none": {"skip": "none"},
     "max pooling": {"encoder__pooling": "max"},
+    "image patches of 1": {"encoder__image_patch": 1},
+    "image patches of 8, skip": {"encoder__image_patch": 8, "skip": "skip"},
     "unshuffle": {"encoder__pooling": "unshuffle"},
     "unshuffle, skip": {"encoder__pooling": "unshuffle", "skip": "skip"},
     "group norms": {"norm": "group"},
@@ -120,6 +122,34 @@ def test_input_skip_lets_the_pooled_image_in(skip, expected):
     assert [level.from_rgb is not None for level in encoder.levels] == [False] + [expected] * 4
     has_shortcut = skip in ("res_skip", "residual")
     assert [level.down.shortcut is not None for level in list(encoder.levels)[:-1]] == [has_shortcut] * 4
+
+
+@pytest.mark.parametrize("zero_init", [True, False])
+def test_residual_blocks_of_the_decoder_begin_as_the_identity(zero_init):
+    """Up to the sum's 1 / sqrt 2, in the backbone and in the branches."""
+    decoder = tiny_autoencoder(decoder__zero_init=zero_init).decoder
+    blocks = [module for module in decoder.modules() if isinstance(module, ResidualBlock)]
+    assert len(blocks) > len(decoder.levels)
+    for block in blocks:
+        x = torch.randn(1, block.conv1.in_channels, 4, 4)
+        assert torch.allclose(block(x), x / 2**0.5) == zero_init
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 8])
+def test_every_level_sees_the_image_so_many_times_finer(patch):
+    """Level i sees 2x2, 4x4, ... blocks of the image pooled to `patch` times its own resolution, none finer than the
+    image itself: by hand for one level, by shape for all."""
+    encoder = tiny_autoencoder(encoder__image_patch=patch).encoder
+    seen = []
+    for level in list(encoder.levels)[1:]:
+        level.from_rgb.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    image = torch.rand(1, 3, 32, 32)
+    encoder(image)
+    sides = [min(patch, 2**i) for i in (1, 2, 3, 4)]
+    assert [x.shape[1:] for x in seen] == [(3 * s * s, 32 >> i, 32 >> i) for i, s in enumerate(sides, start=1)]
+    factor, side = 8, min(patch, 8)
+    block = image[0, :, 8:16, 24:32].reshape(3, side, factor // side, side, factor // side).mean(dim=(2, 4))
+    torch.testing.assert_close(seen[2][0, :, 1, 3].reshape(3, side, side), block)
 
 
 def test_above_the_attention_levels_a_far_pixel_changes_nothing():

@@ -194,6 +194,7 @@ def test_choices_of_the_flow_are_listed(refusal, override, choices):
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
+        ("model.encoder.image_patch=3", "model.encoder.image_patch is 3; choose one of 1, 2, 4, 8, 16"),
         ("train.images=0", "train.images is 0; it must be at least 1"),
         ("train.batch_size=0", "train.batch_size is 0"),
         ("train.accumulate=0", "train.accumulate is 0"),

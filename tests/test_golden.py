@@ -12,7 +12,7 @@ from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pyramid import pyramid_noise
 
-AUTOENCODER = [0.77565, 0.78824, 0.74705, 0.71459]
+AUTOENCODER = [0.77515, 0.78047, 0.74784, 0.70829]
 FLOW = [4.88373, 3.99564, 3.08571, 2.27167]
 
 

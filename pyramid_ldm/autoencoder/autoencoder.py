@@ -45,6 +45,7 @@ class PyramidAutoencoder(nn.Module):
             moments=2 if config.latent == "kl" else 1,
             blocks=config.encoder.blocks,
             skip=config.skip,
+            image_patch=config.encoder.image_patch,
             norm=config.norm,
             pooling=config.encoder.pooling,
             attention=config.attention.encoder,
@@ -66,6 +67,7 @@ class PyramidAutoencoder(nn.Module):
             softmax_tokens=config.attention.softmax_tokens,
             dropout=config.decoder.dropout,
             upsampling=config.decoder.upsampling,
+            zero_init=config.decoder.zero_init,
             norm=config.norm,
             checkpoint_factors=config.checkpoint_factors,
         )

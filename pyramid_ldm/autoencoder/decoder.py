@@ -31,12 +31,13 @@ class ResidualBranch(nn.Module):
         head_channels: int,
         dropout: float,
         norm: str,
+        zero_init: bool,
     ) -> None:
         super().__init__()
         self.input = conv2d(latent_channels, width, 1)
         self.blocks = nn.ModuleList()
         for _ in range(blocks):
-            self.blocks.append(ResidualBlock(width, width, dropout=dropout, norm=norm, zero_init=False))
+            self.blocks.append(ResidualBlock(width, width, dropout=dropout, norm=norm, zero_init=zero_init))
             self.blocks.append(build_attention(attention, width, head_channels=head_channels))
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -106,6 +107,7 @@ class DecoderLevel(nn.Module):
         residual: bool,
         norm: str,
         upsampling: str,
+        zero_init: bool,
     ) -> None:
         super().__init__()
         self.local = norm == "pixel"
@@ -117,7 +119,7 @@ class DecoderLevel(nn.Module):
         self.branch = branch
         self.blocks = nn.Sequential()
         for _ in range(blocks):
-            self.blocks.append(ResidualBlock(width, width, dropout=dropout, norm=norm, zero_init=False))
+            self.blocks.append(ResidualBlock(width, width, dropout=dropout, norm=norm, zero_init=zero_init))
             self.blocks.append(
                 build_attention(attention, width, head_channels=head_channels, softmax_tokens=softmax_tokens)
             )
@@ -162,6 +164,7 @@ class PyramidDecoder(nn.Module):
         norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
             sees the whole image everywhere.
         upsampling: of features: "nearest" (PDM) or "bilinear". RGB is always bilinear.
+        zero_init: residual blocks begin as the identity.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
 
@@ -181,6 +184,7 @@ class PyramidDecoder(nn.Module):
         dropout: float = 0.35,
         norm: str = "pixel",
         upsampling: str = "nearest",
+        zero_init: bool = True,
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -203,6 +207,7 @@ class PyramidDecoder(nn.Module):
                 head_channels=head_channels,
                 dropout=rate,
                 norm=norm,
+                zero_init=zero_init,
             )
 
         self.factors = factors
@@ -227,6 +232,7 @@ class PyramidDecoder(nn.Module):
                     residual=skip in ("residual", "res_skip"),
                     norm=norm,
                     upsampling=upsampling,
+                    zero_init=zero_init,
                 )
             )
 

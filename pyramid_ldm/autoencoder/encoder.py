@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -48,7 +49,7 @@ class EncoderLevel(nn.Module):
         attention: str,
         head_channels: int,
         spectral_norm: bool,
-        image_enters: bool,
+        image_channels: int,
         latent_channels: int,
         moments: int,
         next_width: int | None,
@@ -57,7 +58,7 @@ class EncoderLevel(nn.Module):
         norm: str,
     ) -> None:
         super().__init__()
-        self.from_rgb = conv2d(3, width, 1, spectral_norm=spectral_norm) if image_enters else None
+        self.from_rgb = conv2d(image_channels, width, 1, spectral_norm=spectral_norm) if image_channels else None
         self.blocks = nn.ModuleList()
         for _ in range(blocks):
             self.blocks.append(ResidualBlock(width, width, spectral_norm=spectral_norm, norm=norm))
@@ -80,7 +81,7 @@ class EncoderLevel(nn.Module):
         )
 
     def forward(self, h: Tensor, image: Tensor) -> tuple[Tensor | None, Tensor]:
-        """(features, image at this resolution) -> (moments or None, features one resolution down)."""
+        """(features, what `from_rgb` sees here) -> (moments or None, features one resolution down)."""
         if self.from_rgb is not None:
             h = h + self.from_rgb(image)
         for block in self.blocks:
@@ -98,6 +99,8 @@ class PyramidEncoder(nn.Module):
         moments: values per latent channel (2: mean and log-variance; 1: the latent itself).
         skip: "skip" and "res_skip" let the pooled image in at every resolution through a 1x1 `from_rgb`;
             "residual" and "res_skip" put a shortcut around every re-sampling (PDM figure 4).
+        image_patch: how many times finer, each way, than its level the image is that a `from_rgb` sees, blocks of its
+            pixels as channels; 1: one pooled pixel a position (PDM, StyleGAN2).
         norm: "pixel" or "group".
         pooling: "average", "max", or "unshuffle" (2x2 blocks to channels: the convolution sees all of them).
         checkpoint_factors: resolutions recomputed in the backward pass.
@@ -111,6 +114,7 @@ class PyramidEncoder(nn.Module):
         moments: int,
         blocks: int = 1,
         skip: str = "res_skip",
+        image_patch: int = 4,
         norm: str = "pixel",
         pooling: str = "average",
         attention: str = "linear",
@@ -122,6 +126,8 @@ class PyramidEncoder(nn.Module):
         super().__init__()
         channels = {level.factor: level.channels for level in levels}
         self.stem = conv2d(3, widths[0], spectral_norm=spectral_norm)
+        enters = skip in ("skip", "res_skip")
+        self.patches = [min(image_patch, 1 << i) for i in range(len(widths))]  # at most the image itself
         self.checkpointed = [1 << i in checkpoint_factors for i in range(len(widths))]
         self.levels = nn.ModuleList(
             EncoderLevel(
@@ -130,7 +136,7 @@ class PyramidEncoder(nn.Module):
                 attention=attention if 1 << i in attention_factors else "none",
                 head_channels=head_channels,
                 spectral_norm=spectral_norm,
-                image_enters=i > 0 and skip in ("skip", "res_skip"),
+                image_channels=3 * self.patches[i] ** 2 if i > 0 and enters else 0,
                 latent_channels=channels.get(1 << i, 0),
                 moments=moments,
                 next_width=widths[i + 1] if i + 1 < len(widths) else None,
@@ -144,14 +150,16 @@ class PyramidEncoder(nn.Module):
     def forward(self, image: Tensor) -> Pyramid:
         """(B, 3, H, W) in [-1, 1] -> moments of each latent level, coarse to fine, (B, moments * C_i, H/f_i, W/f_i)."""
         found = []
-        h = self.stem(image)
-        for i, (level, recompute) in enumerate(zip(self.levels, self.checkpointed, strict=True)):
-            if i > 0:
-                image = box_down(image)
+        h, finer = self.stem(image), 1  # how many times finer than the level `image` is
+        for level, patch, recompute in zip(self.levels, self.patches, self.checkpointed, strict=True):
+            if finer > patch:
+                image, finer = box_down(image), patch
+            seen = F.pixel_unshuffle(image, patch)
             if recompute and torch.is_grad_enabled():
-                moments, h = checkpoint(level, h, image, use_reentrant=False)
+                moments, h = checkpoint(level, h, seen, use_reentrant=False)
             else:
-                moments, h = level(h, image)
+                moments, h = level(h, seen)
+            finer *= 2
             if moments is not None:
                 found.append(moments)
         return tuple(reversed(found))

@@ -42,10 +42,15 @@ class EncoderConfig:
     widths: list[int] = field(default_factory=lambda: [32, 64, 128])  # channels at factor 1, 2, 4, ...
     blocks: int = 1
     spectral_norm: bool = True
+    image_patch: int = 4  # each from_rgb sees blocks of so many pixels a side (1: PDM's; 2, 4, 8)
     pooling: str = "average"  # average | max | unshuffle: 2x2 blocks to channels
 
     def __post_init__(self) -> None:
         require_choice("model.encoder.pooling", self.pooling, ("average", "max", "unshuffle"))
+        require(
+            self.image_patch in (1, 2, 4, 8, 16),
+            f"model.encoder.image_patch is {self.image_patch}; choose one of 1, 2, 4, 8, 16",
+        )
         require(self.blocks >= 1, f"model.encoder.blocks is {self.blocks}; it must be at least 1")
 
 
@@ -57,6 +62,7 @@ class DecoderConfig:
     branch: str = "residual"  # residual | vit
     branch_blocks: int = 2
     upsampling: str = "nearest"  # nearest | bilinear: of features; RGB is always bilinear
+    zero_init: bool = True  # residual blocks begin as the identity
     dropout: float = 0.35  # at the lowest resolution, falling linearly to 0 at the highest
 
     def __post_init__(self) -> None:
