@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.ablations import AUTOENCODER, FLOW
+from experiments.ablations import AUTOENCODER, AUTOENCODER_RECIPE, FLOW
 from experiments.command import exit_code
 from experiments.rows import Row, Task
 from experiments.tables import draw_curves, markdown, spread
@@ -56,7 +56,7 @@ def ablate_autoencoder(args: argparse.Namespace) -> None:
     groups: dict[str, list[Any]] = {}
     for seed in args.seeds:
         for name in args.rows:
-            task = Task(Row(name, AUTOENCODER[name]), seed, args.out, shared)
+            task = Task(Row(name, AUTOENCODER[name], recipe=AUTOENCODER_RECIPE), seed, args.out, shared)
             groups.setdefault(name, []).append(task.train())
             write_text(args.out / "table.md", markdown(groups))
             draw_curves(groups, args.out / "curves.png")

@@ -9,7 +9,7 @@ All see the same crops in the same order through `train-ae`'s own loop: the same
 average. All have the same number of latent values. A row that is done is not trained again; one that was interrupted
 goes on. Writes table.md and curves.png into --out after each row. Needs: pip install -e '.[bench]'.
 
-ours         the pyramid autoencoder of tools/experiments/autoencoder.yaml
+ours         the pyramid autoencoder of tools/experiments/comparison.yaml
 ours-single  the same with all values in one latent; its trunk ends there, so that it has fewer parameters
 sd-vae       Stable Diffusion's (diffusers' AutoencoderKL), deepened to the latent's factor, widths times --peer-width
 dc-ae        DC-AE (diffusers' AutoencoderDC), likewise

@@ -1,8 +1,15 @@
 """The rows of the ablations: one change each from the recipe, always by config keys."""
 
-# Stage one, from autoencoder.yaml: latents 1x1x16, 2x2x4, 4x4x6, 8x8x6 (512 values).
+from pathlib import Path
+
+# Stage one: latents 1x1x16, 2x2x4, 4x4x6, 8x8x6 (512 values).
+AUTOENCODER_RECIPE = Path(__file__).parent / "ablation.yaml"
 AUTOENCODER: dict[str, tuple[str, ...]] = {
     "default": (),
+    "image patch 1": ("model.encoder.image_patch=1",),
+    "image patch 2": ("model.encoder.image_patch=2",),
+    "image patch 8": ("model.encoder.image_patch=8",),
+    "blocks not the identity at first": ("model.decoder.zero_init=false",),
     "attention spatial": ("model.attention.decoder=spatial",),
     "attention channel": ("model.attention.decoder=channel",),
     "attention none": ("model.attention.decoder=none",),
@@ -15,7 +22,7 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
     "branch blocks 2": ("model.decoder.branch_blocks=2",),
     "vit branches": ("model.decoder.branch=vit", "model.decoder.branch_blocks=2"),
     "heavy encoder": (
-        "model.encoder.widths=[32, 64, 128, 256, 384, 384, 384, 384]",
+        "model.encoder.widths=[32, 64, 128, 192, 256, 256, 256]",
     ),
     "max pooling": ("model.encoder.pooling=max",),
     "unshuffle": ("model.encoder.pooling=unshuffle",),
@@ -24,16 +31,16 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
     "kl 1e-8": ("loss.kl=1.0e-8",),
     "kl 1e-4": ("loss.kl=1.0e-4",),
     "more at the finest": (
-        "model.levels=[{factor: 128, channels: 16}, {factor: 32, channels: 3}, {factor: 16, channels: 7}]",
+        "model.levels=[{factor: 64, channels: 16}, {factor: 16, channels: 3}, {factor: 8, channels: 7}]",
     ),
     "more below": (
-        "model.levels=[{factor: 128, channels: 64}, {factor: 64, channels: 16}, {factor: 32, channels: 12}, "
-        "{factor: 16, channels: 3}]",
+        "model.levels=[{factor: 64, channels: 64}, {factor: 32, channels: 16}, {factor: 16, channels: 12}, "
+        "{factor: 8, channels: 3}]",
     ),
     "single latent": (  # its trunk ends at the latent: fewer parameters
-        "model.levels=[{factor: 16, channels: 8}]",
-        "model.encoder.widths=[16, 32, 64, 128, 192]",
-        "model.decoder.widths=[16, 40, 80, 160, 256]",
+        "model.levels=[{factor: 8, channels: 8}]",
+        "model.encoder.widths=[16, 32, 64, 96]",
+        "model.decoder.widths=[16, 32, 64, 128]",
     ),
     "gan": (
         "loss.gan.weight=0.5",

@@ -26,7 +26,7 @@ from pyramid_ldm.training.runtime import start
 from pyramid_ldm.training.step import take_step
 from pyramid_ldm.training.train_autoencoder import Build, accumulate, build_state, train_autoencoder
 
-RECIPE = Path(__file__).parent / "autoencoder.yaml"
+COMPARISON = Path(__file__).parent / "comparison.yaml"
 STATISTICS = 256  # random crops that latent statistics are taken of
 FIGURES = ("held_out_psnr", "held_out_ssim", "held_out_lpips")
 
@@ -39,6 +39,7 @@ class Row:
     overrides: tuple[str, ...] = ()
     family: str = "ours"  # ours | sd-vae | dc-ae
     width: float = 1.0  # of a peer: a factor on its published widths
+    recipe: Path = COMPARISON
 
     def build(self) -> Build:
         """The network of a config."""
@@ -66,7 +67,7 @@ class Task:
     def config(self) -> AutoencoderTraining:
         """The recipe, the row's overrides, then the table's."""
         own = (f"run_dir={self.run}", f"seed={self.seed}")
-        return load_config(AutoencoderTraining, RECIPE, [*self.row.overrides, *self.overrides, *own])
+        return load_config(AutoencoderTraining, self.row.recipe, [*self.row.overrides, *self.overrides, *own])
 
     def train(self) -> dict[str, Any]:
         """Trains, or goes on, or reads what is done. Returns the row's figures."""
