@@ -4,6 +4,7 @@ from conftest import randomise, tiny_autoencoder, tiny_autoencoder_config
 from torch import nn
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoder.encoder import LatentHead
 from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
 from pyramid_ldm.config import ConfigError
 from pyramid_ldm.nn.layers import SpectralNorm, spectral_layers
@@ -25,6 +26,7 @@ VARIANTS = {
     "max pooling": {"encoder__pooling": "max"},
     "image patches of 1": {"encoder__image_patch": 1},
     "image patches of 8, skip": {"encoder__image_patch": 8, "skip": "skip"},
+    "no linear heads": {"encoder__linear_heads": False},
     "unshuffle": {"encoder__pooling": "unshuffle"},
     "unshuffle, skip": {"encoder__pooling": "unshuffle", "skip": "skip"},
     "group norms": {"norm": "group"},
@@ -91,7 +93,7 @@ def test_the_decoder_has_one_block_more_and_no_spectral_norm_and_is_heavier():
         for name, module in autoencoder.encoder.named_modules()
         if isinstance(module, nn.Conv2d) and getattr(module, "spectral", None) is None
     }
-    assert plain == {f"levels.{i}.head.conv" for i in (3, 4)}
+    assert plain == {f"levels.{i}.head.{part}" for i in (3, 4) for part in ("conv", "linear")}
     count = [sum(p.numel() for p in half.parameters()) for half in (autoencoder.encoder, autoencoder.decoder)]
     assert count[0] < count[1]
 
@@ -122,6 +124,15 @@ def test_input_skip_lets_the_pooled_image_in(skip, expected):
     assert [level.from_rgb is not None for level in encoder.levels] == [False] + [expected] * 4
     has_shortcut = skip in ("res_skip", "residual")
     assert [level.down.shortcut is not None for level in list(encoder.levels)[:-1]] == [has_shortcut] * 4
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_linear_head_knows_how_large_its_features_are(linear):
+    """Doubled features: the norm forgets it, so that the moments change by the linear part alone."""
+    head = randomise(LatentHead(8, 3, 2, linear=linear), 0.5)
+    x = torch.randn(1, 8, 2, 2)
+    expected = head.linear.weight[:, :, 0, 0] @ x[0].flatten(1) if linear else torch.zeros(6, 4)
+    torch.testing.assert_close((head(2 * x) - head(x))[0].flatten(1), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("zero_init", [True, False])

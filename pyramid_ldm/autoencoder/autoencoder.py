@@ -48,6 +48,7 @@ class PyramidAutoencoder(nn.Module):
             image_patch=config.encoder.image_patch,
             norm=config.norm,
             pooling=config.encoder.pooling,
+            linear_heads=config.encoder.linear_heads,
             attention=config.attention.encoder,
             attention_factors=factors,
             head_channels=config.attention.head_channels,

@@ -23,19 +23,21 @@ class LatentHead(nn.Module):
 
     The convolution is float32: its output is what gets cached, and bfloat16's rounding can exceed a posterior's
     standard deviation. Log-variances start at -6: at 0, noise as large as the latents would hide them for long.
+    With `linear`, a second convolution sees the features as they are, as the norm forgets how large they are.
     """
 
-    def __init__(self, inputs: int, channels: int, moments: int, norm: str = "pixel") -> None:
+    def __init__(self, inputs: int, channels: int, moments: int, norm: str = "pixel", linear: bool = True) -> None:
         super().__init__()
         self.norm = build_norm(norm, inputs)
         self.conv = float32_conv2d(inputs, moments * channels, 1)
+        self.linear = float32_conv2d(inputs, moments * channels, 1) if linear else None
         if moments == 2:
             assert self.conv.bias is not None
             nn.init.constant_(self.conv.bias[channels:], INITIAL_LOG_VARIANCE)
 
     def forward(self, x: Tensor) -> Tensor:
         moments: Tensor = self.conv(norm_silu(self.norm, x))
-        return moments
+        return moments if self.linear is None else moments + self.linear(x)
 
 
 class EncoderLevel(nn.Module):
@@ -56,6 +58,7 @@ class EncoderLevel(nn.Module):
         residual: bool,
         pooling: str,
         norm: str,
+        linear_head: bool,
     ) -> None:
         super().__init__()
         self.from_rgb = conv2d(image_channels, width, 1, spectral_norm=spectral_norm) if image_channels else None
@@ -65,7 +68,7 @@ class EncoderLevel(nn.Module):
             self.blocks.append(
                 build_attention(attention, width, head_channels=head_channels, spectral_norm=spectral_norm)
             )
-        self.head = LatentHead(width, latent_channels, moments, norm) if latent_channels else None
+        self.head = LatentHead(width, latent_channels, moments, norm, linear_head) if latent_channels else None
         self.down = (
             Resampling(
                 width,
@@ -103,6 +106,7 @@ class PyramidEncoder(nn.Module):
             pixels as channels; 1: one pooled pixel a position (PDM, StyleGAN2).
         norm: "pixel" or "group".
         pooling: "average", "max", or "unshuffle" (2x2 blocks to channels: the convolution sees all of them).
+        linear_heads: a latent is also a linear function of the features, not of the normalised ones alone.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
 
@@ -117,6 +121,7 @@ class PyramidEncoder(nn.Module):
         image_patch: int = 4,
         norm: str = "pixel",
         pooling: str = "average",
+        linear_heads: bool = True,
         attention: str = "linear",
         attention_factors: Sequence[int] = (),
         head_channels: int = 64,
@@ -143,6 +148,7 @@ class PyramidEncoder(nn.Module):
                 residual=skip in ("residual", "res_skip"),
                 pooling=pooling,
                 norm=norm,
+                linear_head=linear_heads,
             )
             for i, width in enumerate(widths)
         )

@@ -44,6 +44,7 @@ class EncoderConfig:
     spectral_norm: bool = True
     image_patch: int = 4  # each from_rgb sees blocks of so many pixels a side (1: PDM's; 2, 4, 8)
     pooling: str = "average"  # average | max | unshuffle: 2x2 blocks to channels
+    linear_heads: bool = True  # a latent sees its features also as they are before the norm
 
     def __post_init__(self) -> None:
         require_choice("model.encoder.pooling", self.pooling, ("average", "max", "unshuffle"))
