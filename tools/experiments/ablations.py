@@ -10,8 +10,12 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
     "image patch 2": ("model.encoder.image_patch=2",),
     "image patch 8": ("model.encoder.image_patch=8",),
     "no linear heads": ("model.encoder.linear_heads=false",),
-    "as before": ("model.encoder.image_patch=1", "model.encoder.linear_heads=false", "model.decoder.zero_init=false"),
     "blocks not the identity at first": ("model.decoder.zero_init=false",),
+    "none of these": (
+        "model.encoder.image_patch=1",
+        "model.encoder.linear_heads=false",
+        "model.decoder.zero_init=false",
+    ),
     "attention spatial": ("model.attention.decoder=spatial",),
     "attention channel": ("model.attention.decoder=channel",),
     "attention none": ("model.attention.decoder=none",),

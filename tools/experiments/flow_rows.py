@@ -1,6 +1,7 @@
 """A row of stage two's table: one flow trained once, and how near its samples come to held-out images."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experiments.rows import remember
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import FlowTraining, load_config
 from pyramid_ldm.config.base import to_yaml
 from pyramid_ldm.data.images import find_images, to_tensor
@@ -25,15 +27,17 @@ RECIPE = Path(__file__).parent / "flow.yaml"
 class Reference:
     """Features of real images that no row was trained on."""
 
+    images: list[Path]
+    size: tuple[int, int]
     features: Tensor  # (N, 2048)
     moments: Moments
 
     @classmethod
     def of_folder(cls, folder: Path, size: tuple[int, int], inception: Inception) -> "Reference":
         """Centre crops of every image of a folder."""
-        images = [load_crop(file.path, size, zoom=1.0, top=0.5, left=0.5) for file in find_images(folder)]
-        features = torch.cat([inception(batch) for batch in torch.stack(images).split(32)])
-        return cls(features, Moments.of([features]))
+        images = [file.path for file in find_images(folder)]
+        features = torch.cat([inception(batch) for batch in centre_crops(images, size)])
+        return cls(images, size, features, Moments.of([features]))
 
     def distances(self, features: Tensor) -> dict[str, float]:
         """Of samples from these images."""
@@ -42,10 +46,25 @@ class Reference:
             "kid": kernel_distance(features, self.features),
         }
 
+    @torch.inference_mode()
+    def reconstructed(self, autoencoder: PyramidAutoencoder, inception: Inception) -> dict[str, float]:
+        """Distances of these images through the autoencoder from themselves: what is left to a perfect flow."""
+        decoded = (
+            autoencoder.decode(autoencoder.encode(batch.to(inception.device)).mode()).clamp(-1, 1)
+            for batch in centre_crops(self.images, self.size)
+        )
+        return self.distances(torch.cat([inception(batch) for batch in decoded]))
+
     def halves(self) -> dict[str, float]:
         """The same between two halves of the real images, to compare with; fewer images make FID larger."""
         a, b = self.features[::2], self.features[1::2]
         return {"fid": frechet_distance(Moments.of([a]), Moments.of([b])), "kid": kernel_distance(a, b)}
+
+
+def centre_crops(paths: list[Path], size: tuple[int, int]) -> Iterator[Tensor]:
+    """(B, 3, H, W) in [-1, 1], 32 at a time."""
+    for first in range(0, len(paths), 32):
+        yield torch.stack([load_crop(p, size, zoom=1.0, top=0.5, left=0.5) for p in paths[first : first + 32]])
 
 
 @dataclass(frozen=True)
