@@ -126,6 +126,15 @@ def test_input_skip_lets_the_pooled_image_in(skip, expected):
     assert [level.down.shortcut is not None for level in list(encoder.levels)[:-1]] == [has_shortcut] * 4
 
 
+def test_coarser_levels_enter_softly_only_where_a_latent_does():
+    """The same random numbers, so that the weights differ by the factor alone."""
+    one, tenth = (tiny_autoencoder(decoder__coarse_init=scale).decoder for scale in (1.0, 0.1))
+    assert [level.branch is not None for level in one.levels] == [True, True, False, False, False]
+    for a, b, scale in zip(list(one.levels)[1:], list(tenth.levels)[1:], [0.1, 1, 1, 1], strict=True):
+        torch.testing.assert_close(b.up.conv.weight, scale * a.up.conv.weight)
+        torch.testing.assert_close(b.up.shortcut.weight, scale * a.up.shortcut.weight)
+
+
 @pytest.mark.parametrize("linear", [True, False])
 def test_a_linear_head_knows_how_large_its_features_are(linear):
     """Doubled features: the norm forgets it, so that the moments change by the linear part alone."""

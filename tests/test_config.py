@@ -208,6 +208,7 @@ def test_choices_of_the_flow_are_listed(refusal, override, choices):
         ("ema.widths=[0.3]", "ema.widths [0.3]"),
         ("ema.export=0.2", "ema.export is 0.2; choose one of ema.widths [0.05, 0.1]"),
         ("model.decoder.dropout=1", "model.decoder.dropout is 1.0"),
+        ("model.decoder.coarse_init=0", "model.decoder.coarse_init is 0.0"),
         ("model.encoder.blocks=0", "model.encoder.blocks is 0"),
         ("model.encoder.widths=[8, 8]", "model.encoder.widths has 2 entries; factors 1 to 16 need 5"),
         ("model.decoder.widths=[8, 8, 8, 8, 6]", "model.decoder.widths [8, 8, 8, 8, 6]: multiples of 4"),

@@ -69,6 +69,7 @@ class PyramidAutoencoder(nn.Module):
             dropout=config.decoder.dropout,
             upsampling=config.decoder.upsampling,
             zero_init=config.decoder.zero_init,
+            coarse_init=config.decoder.coarse_init,
             norm=config.norm,
             checkpoint_factors=config.checkpoint_factors,
         )

@@ -108,6 +108,7 @@ class DecoderLevel(nn.Module):
         norm: str,
         upsampling: str,
         zero_init: bool,
+        coarse_init: float,
     ) -> None:
         super().__init__()
         self.local = norm == "pixel"
@@ -116,6 +117,11 @@ class DecoderLevel(nn.Module):
             if previous_width
             else None
         )
+        if self.up is not None and branch is not None:
+            with torch.no_grad():
+                for conv in (self.up.conv, self.up.shortcut):
+                    if conv is not None:
+                        conv.weight.mul_(coarse_init)
         self.branch = branch
         self.blocks = nn.Sequential()
         for _ in range(blocks):
@@ -165,6 +171,8 @@ class PyramidDecoder(nn.Module):
             sees the whole image everywhere.
         upsampling: of features: "nearest" (PDM) or "bilinear". RGB is always bilinear.
         zero_init: residual blocks begin as the identity.
+        coarse_init: scale at the start of training, where a latent enters, of what comes up from coarser levels: at 1
+            it hides the finer latent, which carries more of the image, for long.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
 
@@ -185,6 +193,7 @@ class PyramidDecoder(nn.Module):
         norm: str = "pixel",
         upsampling: str = "nearest",
         zero_init: bool = True,
+        coarse_init: float = 0.1,
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
@@ -233,6 +242,7 @@ class PyramidDecoder(nn.Module):
                     norm=norm,
                     upsampling=upsampling,
                     zero_init=zero_init,
+                    coarse_init=coarse_init,
                 )
             )
 

@@ -64,12 +64,14 @@ class DecoderConfig:
     branch_blocks: int = 2
     upsampling: str = "nearest"  # nearest | bilinear: of features; RGB is always bilinear
     zero_init: bool = True  # residual blocks begin as the identity
+    coarse_init: float = 0.1  # where a latent enters: scale at first of what comes up from coarser levels
     dropout: float = 0.35  # at the lowest resolution, falling linearly to 0 at the highest
 
     def __post_init__(self) -> None:
         require_choice("model.decoder.branch", self.branch, ("residual", "vit"))
         require_choice("model.decoder.upsampling", self.upsampling, ("nearest", "bilinear"))
         require(self.branch_blocks >= 0, f"model.decoder.branch_blocks is {self.branch_blocks}; 0 or more")
+        require(0 < self.coarse_init <= 1, f"model.decoder.coarse_init is {self.coarse_init}; it must lie in (0, 1]")
         require(0 <= self.dropout < 1, f"model.decoder.dropout is {self.dropout}; it must lie in [0, 1)")
 
 

@@ -11,7 +11,9 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
     "image patch 8": ("model.encoder.image_patch=8",),
     "no linear heads": ("model.encoder.linear_heads=false",),
     "blocks not the identity at first": ("model.decoder.zero_init=false",),
+    "coarse levels at full strength": ("model.decoder.coarse_init=1.0",),
     "none of these": (
+        "model.decoder.coarse_init=1.0",
         "model.encoder.image_patch=1",
         "model.encoder.linear_heads=false",
         "model.decoder.zero_init=false",
