@@ -1,5 +1,6 @@
 """tools/compare_autoencoders.py: the same number of latent values for all, one loop, tables that go on."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.insert(0, str(TOOLS))
 
 import compare_autoencoders as compare  # noqa: E402
 from experiments import latents, rows, tables  # noqa: E402
+from experiments.command import exit_code  # noqa: E402
 
 from pyramid_ldm.config import AutoencoderConfig, LevelConfig  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
@@ -126,3 +128,11 @@ def test_a_row_of_other_options_is_not_passed_off_as_this_one(tmp_path):
 def test_a_spread_is_mean_and_standard_deviation():
     assert tables.spread([20.0, 22.0], 2) == "21.00 ± 1.41"
     assert tables.spread([20.0], 1) == "20.0"
+
+
+def test_a_full_disk_is_one_line(capsys):
+    def work():
+        raise OSError(errno.ENOSPC, "No space left on device", "out/result.json")
+
+    assert exit_code("ablate", work) == 2
+    assert capsys.readouterr().err == "ablate: no space left on the disk (out/result.json); free some and run again\n"
