@@ -42,7 +42,7 @@ class EncoderConfig:
     widths: list[int] = field(default_factory=lambda: [32, 64, 128])  # channels at factor 1, 2, 4, ...
     blocks: int = 1
     spectral_norm: bool = True
-    image_patch: int = 4  # each from_rgb sees blocks of so many pixels a side (1: PDM's; 2, 4, 8)
+    image_patch: int = 4  # each from_rgb sees blocks of so many pixels a side (1: PDM's; 2, 4, 8, 16)
     pooling: str = "average"  # average | max | unshuffle: 2x2 blocks to channels
     linear_heads: bool = True  # a latent sees its features also as they are before the norm
 
