@@ -132,7 +132,8 @@ class PyramidEncoder(nn.Module):
         channels = {level.factor: level.channels for level in levels}
         self.stem = conv2d(3, widths[0], spectral_norm=spectral_norm)
         enters = skip in ("skip", "res_skip")
-        self.patches = [min(image_patch, 1 << i) for i in range(len(widths))]  # at most the image itself
+        # At most the image itself; 1 where no from_rgb would look.
+        self.patches = [min(image_patch, 1 << i) if enters else 1 for i in range(len(widths))]
         self.checkpointed = [1 << i in checkpoint_factors for i in range(len(widths))]
         self.levels = nn.ModuleList(
             EncoderLevel(
