@@ -4,10 +4,12 @@
     tools/compare_autoencoders.py --data photos/ --vgg vgg16.safetensors --out compare/
     tools/compare_autoencoders.py ... --ratios 96 --models ours sd-vae --seeds 0 1 --images 4000
     tools/compare_autoencoders.py ... --minutes 20          # the same time a model instead of the same images
+    tools/compare_autoencoders.py ... --test unseen/ --inception inception-2015-12-05.pt    # judged on others, too
 
 All see the same crops in the same order through `train-ae`'s own loop: the same loss, optimizer, schedule and weight
 average. All have the same number of latent values. A row that is done is not trained again; one that was interrupted
-goes on. Writes table.md and curves.png into --out after each row. Needs: pip install -e '.[bench]'.
+goes on. Writes table.md and curves.png into --out after each row, with --test also test.md.
+Needs: pip install -e '.[bench]'.
 
 ours         the pyramid autoencoder of tools/experiments/comparison.yaml
 ours-single  the same with all values in one latent; its trunk ends there, so that it has fewer parameters
@@ -23,6 +25,7 @@ from pathlib import Path
 from experiments.command import exit_code
 from experiments.rows import Row, Task
 from experiments.tables import Result, draw_curves, markdown
+from experiments.unseen import Figures, Unseen
 
 from pyramid_ldm.data.images import find_images
 from pyramid_ldm.files import write_text
@@ -79,11 +82,15 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         default=0.5,
         help="a factor on the peers' published widths",
     )
+    parser.add_argument("--test", type=Path, help="other photographs, to judge every model on when it is trained")
+    parser.add_argument("--inception", type=Path, help="inception-2015-12-05.pt: with --test, also rFID and rKID")
     parser.add_argument("--learning-rate", type=float, help="for all, instead of each model's own")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes the recipe for every row")
     args = parser.parse_args(words)
     if args.images < 1 or (args.minutes is not None and args.minutes <= 0):
         parser.error("--images is at least 1, --minutes above 0")
+    if args.inception and not args.test:
+        parser.error("--inception is for --test")
     return args
 
 
@@ -102,10 +109,15 @@ def run(args: argparse.Namespace) -> dict[str, list[Result]]:
 
     find_images(args.data)
     groups: dict[str, list[Result]] = {}
+    judged: dict[str, list[Figures]] = {}
+    unseen: Unseen | None = None
     timing_file = args.out / "seconds.json"
     args.out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = json.loads(timing_file.read_text()) if timing_file.is_file() else {}
     every = tasks(args)
+    if args.test:
+        shared = every[0].config()
+        unseen = Unseen.of_folder(args.test, shared.image_size, shared.data.zoom, args.vgg, args.inception)
     for task in every:  # one after the other on a machine in one mood, before anything is trained
         if task.row.name not in seconds:
             seconds[task.row.name] = task.step_seconds() / task.config().train.batch_size
@@ -120,6 +132,10 @@ def run(args: argparse.Namespace) -> dict[str, list[Result]]:
         write_text(args.out / "table.md", markdown(groups))
         draw_curves(groups, args.out / "curves.png")
         print(markdown(groups), flush=True)
+        if unseen:
+            judged.setdefault(task.row.name, []).append(unseen.judge(task))
+            write_text(args.out / "test.md", unseen.markdown(judged))
+            print(unseen.markdown(judged), flush=True)
     return groups
 
 
