@@ -1,5 +1,6 @@
 import pytest
 import torch
+import yaml
 from conftest import randomise, tiny_autoencoder, tiny_autoencoder_config
 from torch import nn
 
@@ -7,6 +8,7 @@ from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.encoder import LatentHead
 from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
 from pyramid_ldm.config import ConfigError
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.nn.layers import SpectralNorm, spectral_layers
 from pyramid_ldm.nn.resample import bilinear_up
 from pyramid_ldm.nn.resblock import ResidualBlock
@@ -297,3 +299,26 @@ def test_attention_stands_where_the_training_size_puts_it_at_every_size():
     assert autoencoder.config.attention.factors == [16]
     larger = torch.rand(1, 3, 128, 128)
     assert autoencoder.decode(autoencoder.encode(larger).mode()).shape == larger.shape
+
+
+def test_a_model_saved_before_the_newer_keys_loads_as_the_changelog_says(tmp_path):
+    old = {"encoder__image_patch": 1, "encoder__linear_heads": False, "decoder__zero_init": False}
+    model = tiny_autoencoder(**old, decoder__coarse_init=1.0).eval()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    for part, keys in (("encoder", ("image_patch", "linear_heads")), ("decoder", ("zero_init", "coarse_init"))):
+        for key in keys:
+            del config[part][key]
+    file.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"Missing key\(s\) in state_dict: \"encoder") as caught:
+        PyramidAutoencoder.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+    config["encoder"] |= {"image_patch": 1, "linear_heads": False}
+    config["decoder"]["zero_init"] = False
+    file.write_text(yaml.safe_dump(config))
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        loaded = PyramidAutoencoder.from_pretrained(tmp_path)
+        first, second = (m.decode(m.encode(image).mode()) for m in (loaded, model))
+    torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)  # folding iterates power iteration on

@@ -110,7 +110,9 @@ def test_a_full_disk_is_said_in_one_line(capsys, tmp_path, ae_run, photographs, 
 def test_reconstruct_and_latents_write_what_they_say(capsys, tmp_path, ae_run, photographs):
     out = tmp_path / "r"
     assert main(["reconstruct", str(ae_run), "--data", str(photographs), "--out", str(out), "--num", "3"]) == 0
-    assert "3 images, 1:34.9: PSNR" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "3 images, 1:34.9: PSNR" in printed
+    assert "dB (bicubic at as many values " in printed
     assert len(list(out.glob("0*.png"))) == 3
     assert Image.open(next(out.glob("0*.png"))).size == (66, 32)
     sheet = tmp_path / "l.png"

@@ -4,11 +4,11 @@ import errno
 import json
 import math
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -20,6 +20,7 @@ from experiments.command import exit_code  # noqa: E402
 from pyramid_ldm.config import AutoencoderConfig, LevelConfig  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
 from pyramid_ldm.errors import UserError  # noqa: E402
+from pyramid_ldm.training.runtime import start  # noqa: E402
 
 
 def peer_config(factor, channels):
@@ -75,12 +76,22 @@ def test_every_contender_has_the_same_number_of_values(ratio):
     assert 3 * 128**2 / values(pyramid) == ratio
 
 
-def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, photographs, monkeypatch):
+@pytest.fixture
+def others(tmp_path, photographs):
+    """Photographs that are not among the others: these, turned upside down."""
+    folder = tmp_path / "others"
+    folder.mkdir()
+    for path in sorted(photographs.glob("*"))[:2]:
+        ImageOps.flip(Image.open(path).convert("RGB")).save(folder / f"{path.stem}.png")
+    return folder
+
+
+def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, photographs, others, monkeypatch):
     pytest.importorskip("diffusers")
     pytest.importorskip("matplotlib")
     words = ["compare", "--data", str(photographs), "--out", str(tmp_path / "out"), "--vgg", "random",
              "--ratios", "192", "--models", "ours", "sd-vae", "--images", "2", "--peer-width", "0.25",
-             "--test", str(photographs),
+             "--test", str(others),
              "--set", "train.batch_size=1", "precision=fp32", "model.encoder.blocks=1"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(rows, "STATISTICS", 4)
@@ -93,53 +104,42 @@ def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, photographs, monkey
     for name in ("ours", "sd-vae"):
         result = json.loads((tmp_path / "out" / f"{name}-1-192-0" / "result.json").read_text())
         assert result["latent_values"] == 256
+    assert "| bicubic |  | at most 256 |" in table
     judged = (tmp_path / "out" / "test.md").read_text()
     assert judged.startswith("| | PSNR, dB | SSIM | LPIPS | seeds |")
-    assert "| sd-vae 1:192 |" in judged
+    assert all(f"| {name} 1:192 |" in judged for name in ("ours", "sd-vae", "bicubic"))
+    assert judged.endswith("2 crops of 2 photographs.\n")
     monkeypatch.setattr(rows, "train_autoencoder", None)  # nothing is trained, or judged, twice
     monkeypatch.setattr(unseen.Unseen, "figures", None)
     assert compare.main() == 0
     assert (tmp_path / "out" / "table.md").read_text() == table
 
 
-class Darker:
-    """Stands where an autoencoder does; its reconstructions are darker by a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def encode(self, image):
-        return self.Posterior(image)
-
-    def decode(self, image):
-        return image - self.step
-
-    @dataclass
-    class Posterior:
-        image: torch.Tensor
-
-        def mode(self):
-            return self.image
-
-
 def test_figures_on_unseen_photographs_of_known_reconstructions():
     images = 0.5 * torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     judge = unseen.Unseen(
-        Path("photos"),
+        "six",
+        {},
         images,
         perceptual=lambda image, target: 3 * (target - image).mean(),
         inception=lambda batch: batch.mean(dim=(2, 3)),  # three features: the mean colour
-        device=torch.device("cpu"),
+        real=images.mean(dim=(2, 3)),
+        runtime=start("cpu", "fp32"),
     )
-    same = judge.figures(Darker(0))
+    same = judge.figures(lambda batch: batch)
     assert same["ssim"] == pytest.approx(1)
     assert same["lpips"] == 0
     assert same["rfid"] == pytest.approx(0, abs=1e-6)
-    darker = judge.figures(Darker(0.2))
+    darker = judge.figures(lambda batch: batch - 0.2)
     assert darker["psnr"] == pytest.approx(10 * math.log10(4 / 0.2**2), abs=1e-4)
     assert darker["lpips"] == pytest.approx(0.6)
     assert darker["rfid"] == pytest.approx(3 * 0.2**2, abs=1e-5)  # means differ by 0.2 in three features, nothing else
     assert same["ssim"] > darker["ssim"]
+
+
+def test_photographs_that_were_trained_on_judge_nothing(photographs):
+    with pytest.raises(UserError, match=r"are in .*, too"):
+        unseen.Unseen.of_folder(photographs, photographs, (32, 32), 1.0, "random", None)
 
 
 def test_predictability_of_known_pyramids():

@@ -40,7 +40,7 @@ def test_spectral_norm_bounds_the_largest_singular_value():
 
 
 def test_one_iteration_a_step_keeps_the_bound_while_training():
-    """MISSION P14: after optimizer steps, the true largest singular value is at most 1.01."""
+    """After optimizer steps, the true largest singular value is at most 1.01."""
     torch.manual_seed(0)
     layers = nn.Sequential(conv2d(3, 16, spectral_norm=True), nn.SiLU(), conv2d(16, 8, spectral_norm=True))
     optimizer = torch.optim.Adam(layers.parameters(), 1e-4)  # the rate of the 2K configs

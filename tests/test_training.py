@@ -276,7 +276,7 @@ def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path)
 
 
 def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, photographs, tmp_path):
-    """MISSION P02: float32 records, the posterior's mode, the same noise and times."""
+    """Float32 records, the posterior's mode, the same noise and times."""
     from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
     from pyramid_ldm.data.images import find_images
     from pyramid_ldm.data.photographs import load_crop

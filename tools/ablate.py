@@ -15,11 +15,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+import torch
 from experiments.ablations import AUTOENCODER, AUTOENCODER_RECIPE, FLOW
 from experiments.command import exit_code
 from experiments.rows import Row, Task
 from experiments.tables import draw_curves, markdown, spread
+from experiments.unseen import bicubic_figures
 
+from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.files import write_text
 
 if TYPE_CHECKING:
@@ -57,11 +60,17 @@ def ablate_autoencoder(args: argparse.Namespace) -> None:
     """Stage one: held-out reconstruction, and cost."""
     shared = (f"data.root={args.data}", f"loss.perceptual.weights={args.vgg}", *args.set)
     groups: dict[str, list[Any]] = {}
+    thumbnails: dict[int, Any] = {}
     for seed in args.seeds:
         for name in args.rows:
             task = Task(Row(name, AUTOENCODER[name], recipe=AUTOENCODER_RECIPE), seed, args.out, shared)
-            groups.setdefault(name, []).append(task.train())
-            write_text(args.out / "table.md", markdown(groups))
+            result = task.train()
+            groups.setdefault(name, []).append(result)
+            if not thumbnails:
+                values = result["latent_values"]  # every row's
+                perceptual = PerceptualLoss(args.vgg, torch.device("cpu"))
+                thumbnails = {values: bicubic_figures(task.config(), values, perceptual)}
+            write_text(args.out / "table.md", markdown(groups, thumbnails))
             draw_curves(groups, args.out / "curves.png")
             print(markdown({name: groups[name]}), flush=True)
 

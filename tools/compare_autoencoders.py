@@ -22,11 +22,13 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from experiments.command import exit_code
 from experiments.rows import Row, Task
 from experiments.tables import Result, draw_curves, markdown
-from experiments.unseen import Figures, Unseen
+from experiments.unseen import Figures, Unseen, bicubic_figures
 
+from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.data.images import find_images
 from pyramid_ldm.files import write_text
 
@@ -103,40 +105,55 @@ def tasks(args: argparse.Namespace) -> list[Task]:
     return [Task(row, seed, args.out, shared) for seed in args.seeds for row in rows]
 
 
-def run(args: argparse.Namespace) -> dict[str, list[Result]]:
-    """Trains what is missing; writes the table and the curves after each."""
+def run(args: argparse.Namespace) -> None:
+    """Trains what is missing; writes tables and curves after each."""
     import matplotlib  # noqa: F401 - missing, it had better be missing now
 
     find_images(args.data)
+    args.out.mkdir(parents=True, exist_ok=True)
+    every = tasks(args)
+    shared = every[0].config()
+    perceptual = PerceptualLoss(args.vgg, torch.device("cpu"))
+    unseen: Unseen | None = None
+    if args.test:
+        unseen = Unseen.of_folder(args.test, args.data, shared.image_size, shared.data.zoom, args.vgg, args.inception)
+    seconds = timed(every, args.out / "seconds.json")
     groups: dict[str, list[Result]] = {}
     judged: dict[str, list[Figures]] = {}
-    unseen: Unseen | None = None
-    timing_file = args.out / "seconds.json"
-    args.out.mkdir(parents=True, exist_ok=True)
-    seconds: dict[str, float] = json.loads(timing_file.read_text()) if timing_file.is_file() else {}
-    every = tasks(args)
-    if args.test:
-        shared = every[0].config()
-        unseen = Unseen.of_folder(args.test, shared.image_size, shared.data.zoom, args.vgg, args.inception)
-    for task in every:  # one after the other on a machine in one mood, before anything is trained
-        if task.row.name not in seconds:
-            seconds[task.row.name] = task.step_seconds() / task.config().train.batch_size
-            print(f"{task.row.name}: {seconds[task.row.name]:.3f} s an image of training", flush=True)
-            write_text(timing_file, json.dumps(seconds, indent=1) + "\n")
+    held_out: dict[int, Figures] = {}  # of thumbnails, by their values
     for task in every:
         if args.minutes:
             images = max(1, round(60 * args.minutes / seconds[task.row.name]))
             task = Task(task.row, task.seed, task.directory, (*task.overrides, f"train.images={images}"))
         result = task.train() | {"seconds_per_image": seconds[task.row.name]}
+        values = result["latent_values"]
         groups.setdefault(task.row.name, []).append(result)
-        write_text(args.out / "table.md", markdown(groups))
+        if values not in held_out:
+            held_out[values] = bicubic_figures(shared, values, perceptual)
+        table = markdown(groups, held_out)
+        write_text(args.out / "table.md", table)
         draw_curves(groups, args.out / "curves.png")
-        print(markdown(groups), flush=True)
+        print(table, flush=True)
         if unseen:
             judged.setdefault(task.row.name, []).append(unseen.judge(task))
-            write_text(args.out / "test.md", unseen.markdown(judged))
-            print(unseen.markdown(judged), flush=True)
-    return groups
+            thumbnail = f"bicubic 1:{result['ratio']:.0f}"
+            if thumbnail not in judged:
+                judged[thumbnail] = [unseen.thumbnails(values)]
+            table = unseen.markdown(judged)
+            write_text(args.out / "test.md", table)
+            print(table, flush=True)
+
+
+def timed(every: list[Task], kept: Path) -> dict[str, float]:
+    """Seconds of training an image, by row: one after the other on a machine in one mood, before anything is trained;
+    those in `kept` are not taken again."""
+    seconds: dict[str, float] = json.loads(kept.read_text()) if kept.is_file() else {}
+    for task in every:
+        if task.row.name not in seconds:
+            seconds[task.row.name] = task.step_seconds() / task.config().train.batch_size
+            print(f"{task.row.name}: {seconds[task.row.name]:.3f} s an image of training", flush=True)
+            write_text(kept, json.dumps(seconds, indent=1) + "\n")
+    return seconds
 
 
 def main() -> int:

@@ -1,7 +1,6 @@
 """The demo's landscapes, pictures and report."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pyramid_ldm.data.images import find_images, split_held_out, to_tensor
 from pyramid_ldm.data.photographs import load_held_out
 from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.evaluation.figures import comparison_grid, grid, latents_sheet
-from pyramid_ldm.evaluation.metrics import psnr
+from pyramid_ldm.evaluation.metrics import bicubic, psnr
 from pyramid_ldm.evaluation.report import Chart, Curve, Section, read_curve, write_report
 from pyramid_ldm.files import write_atomic
 from pyramid_ldm.pyramid import Pyramid
@@ -45,19 +44,6 @@ def render_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
             write_atomic(path, lambda temporary, image=image: image.save(temporary, format="PNG"))  # type: ignore[misc]
 
 
-def bicubic_psnr(images: Tensor, values: int) -> float:
-    """Mean PSNR of (N, 3, H, W) images reduced by bicubic resampling to at most `values` values, and enlarged."""
-    height, width = images.shape[2:]
-    scale = math.sqrt(values / (3 * height * width))
-    small = (max(1, math.floor(width * scale)), max(1, math.floor(height * scale)))
-    found = []
-    for image in images:
-        picture = Image.fromarray(((image + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy())
-        reduced = picture.resize(small, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
-        found.append(float(psnr(to_tensor(reduced)[None], image[None])))
-    return sum(found) / len(found)
-
-
 def nearest_neighbours(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """For each query (N, 3, H, W): index of the candidate of least mean absolute difference, and that difference in
     levels of 255."""
@@ -83,7 +69,7 @@ def make_pictures(out: Path, seconds: float) -> Figures:
     index, distance = nearest_neighbours(samples, training)
     figures = Figures(
         psnr=float(psnr(decoded, images).mean()),
-        bicubic_psnr=bicubic_psnr(images, values),
+        bicubic_psnr=float(psnr(bicubic(images, values), images).mean()),
         ratio=autoencoder.compression_ratio(),
         nearest=float(distance.mean()),
         held_out_nearest=float(nearest_neighbours(images, training)[1].mean()),

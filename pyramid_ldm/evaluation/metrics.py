@@ -1,11 +1,14 @@
 """How near two images are, and how far an encoder carries a small change."""
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
+from pyramid_ldm.data.images import to_pil, to_tensor
 from pyramid_ldm.pyramid import Pyramid, flatten
 
 
@@ -36,6 +39,16 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
     return similarity.flatten(1).mean(dim=1)
+
+
+def bicubic(images: Tensor, values: int) -> Tensor:
+    """(N, 3, H, W) in [-1, 1] reduced by bicubic resampling to at most `values` values each, and enlarged again: what
+    an autoencoder of as many latent values has to beat."""
+    height, width = images.shape[2:]
+    scale = math.sqrt(values / (3 * height * width))
+    small = (max(1, math.floor(width * scale)), max(1, math.floor(height * scale)))
+    reduced = (to_pil(image).resize(small, Image.Resampling.BICUBIC) for image in images)
+    return torch.stack([to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in reduced])
 
 
 def local_lipschitz(encode: Callable[[Tensor], Pyramid], images: Tensor, size: float = 1e-2) -> Tensor:

@@ -15,8 +15,9 @@ from pyramid_ldm.data.images import UnreadableImage, find_images, split_held_out
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
-from pyramid_ldm.evaluation.metrics import psnr, ssim
+from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
 from pyramid_ldm.files import write_atomic, write_text
+from pyramid_ldm.pyramid import level_shapes
 
 GRID_PAIRS = 16
 
@@ -27,6 +28,7 @@ class Summary:
 
     images: int
     psnr: float
+    bicubic_psnr: float  # of the images reduced to as many values
     ssim: float
     lpips: float | None
 
@@ -52,7 +54,8 @@ def reconstruct_to_folder(
     size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
-    values: list[tuple[float, float, float]] = []
+    values: list[tuple[float, float, float, float]] = []
+    numbers = sum(c * h * w for c, h, w in level_shapes(autoencoder.levels, size))
     pairs: list[Image.Image] = []
     for number, file in enumerate(tqdm(files[:count], unit="img", desc="reconstruct", disable=not sys.stderr.isatty())):
         try:
@@ -63,7 +66,8 @@ def reconstruct_to_folder(
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             decoded = autoencoder.decode(autoencoder.encode(image).mode()).float().clamp(-1, 1)
         lpips = float("nan") if perceptual is None else float(perceptual(decoded, image))
-        values.append((float(psnr(decoded, image)), float(ssim(decoded, image)), lpips))
+        thumbnail = float(psnr(bicubic(image.cpu(), numbers), image.cpu()))
+        values.append((float(psnr(decoded, image)), float(ssim(decoded, image)), lpips, thumbnail))
         pair = grid([to_pil(image[0]), to_pil(decoded[0])], columns=2)
         name = f"{number:05d}-{Path(file.path).stem}.png"
         write_atomic(out / name, lambda temporary, pair=pair: pair.save(temporary, format="PNG"))  # type: ignore[misc]
@@ -77,8 +81,10 @@ def reconstruct_to_folder(
     write_atomic(out / "grid.png", lambda temporary: sheet.save(temporary, format="PNG"))
     write_text(out / "reconstructions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     means = torch.tensor(values).mean(dim=0).tolist()
-    summary = Summary(len(rows), means[0], means[1], None if perceptual is None else means[2])
-    figures = f"PSNR {summary.psnr:.2f} dB, SSIM {summary.ssim:.4f}"
+    summary = Summary(len(rows), means[0], means[3], means[1], None if perceptual is None else means[2])
+    figures = (
+        f"PSNR {summary.psnr:.2f} dB (bicubic at as many values {summary.bicubic_psnr:.2f} dB), SSIM {summary.ssim:.4f}"
+    )
     figures += "" if summary.lpips is None else f", LPIPS {summary.lpips:.4f}"
     print(f"{summary.images} images, 1:{autoencoder.compression_ratio():.1f}: {figures}; pictures in {out}")
     return summary

@@ -12,12 +12,13 @@ TITLES = {"held_out_psnr": "PSNR, dB", "held_out_ssim": "SSIM", "held_out_lpips"
 DIGITS = {"held_out_psnr": 2, "held_out_ssim": 3, "held_out_lpips": 3}
 
 
-def markdown(groups: dict[str, list[Result]]) -> str:
-    """A table with a line a group of seeds: mean, and from two seeds on the standard deviation. Latents, coarse to
-    fine, are the first seed's; predictable is the share of variance that a linear regression explains from coarser
-    levels and from the left and upper neighbours."""
-    costs = ["encoder", "decoder", "encode", "decode", "decode, peak"]
-    head = ["", "1:", "values", *costs, *TITLES.values(), "latent std", "predictable", "seeds"]
+def markdown(groups: dict[str, list[Result]], thumbnails: dict[int, Result] | None = None) -> str:
+    """A table with a line a group of seeds: mean, and from two seeds on the standard deviation. Costs and latents
+    (coarse to fine) are the first seed's; noise is the posterior's own standard deviation; predictable is the share of
+    variance that a linear regression explains from coarser levels and from the left and upper neighbours. Below, for
+    each number of values, a bicubic thumbnail's figures."""
+    costs = ["encoder", "decoder", "encode", "its peak", "decode", "its peak"]
+    head = ["", "1:", "values", *costs, *TITLES.values(), "latent std", "noise", "predictable", "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, results in groups.items():
         first = results[0]
@@ -26,14 +27,22 @@ def markdown(groups: dict[str, list[Result]]) -> str:
             f"{first['ratio']:.0f}",
             str(first["latent_values"]),
             *(f"{first[f'{part}_parameters'] / 1e6:.1f} M" for part in ("encode", "decode")),
-            *(f"{first[f'{part}_flops'] / 1e9:.1f} GFLOP" for part in ("encode", "decode")),
-            f"{first['decode_bytes'] / 2**20:.0f} MiB",
+            *(
+                cell
+                for part in ("encode", "decode")
+                for cell in (f"{first[f'{part}_flops'] / 1e9:.1f} GFLOP", f"{first[f'{part}_bytes'] / 2**20:.0f} MiB")
+            ),
             *(spread([result["curve"][-1][key] for result in results], DIGITS[key]) for key in FIGURES),
             ", ".join(f"{value:.2f}" for value in first["latent_std"]),
+            ", ".join(f"{value:.2f}" for value in first["posterior_std"]),
             ", ".join("-" if value is None else f"{value:.2f}" for value in first["predictable"]),
             str(len(results)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    for values, figures in (thumbnails or {}).items():
+        cells = ["bicubic", "", f"at most {values}", *([""] * len(costs))]
+        cells += [f"{figures[key]:.{DIGITS[key]}f}" for key in FIGURES]
+        lines.append("| " + " | ".join([*cells, "", "", "", ""]) + " |")
     return "\n".join(lines) + "\n"
 
 

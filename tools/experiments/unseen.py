@@ -1,28 +1,30 @@
-"""Autoencoders on photographs that nothing was trained on, and no default chosen by."""
+"""What reconstructions are held against: photographs that no model was trained on, and a bicubic thumbnail."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiments.latents import crops
-from experiments.rows import Task
+from experiments.rows import FIGURES, Task
 from experiments.tables import spread
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
-from pyramid_ldm.config import AutoencoderConfig
-from pyramid_ldm.data.images import find_images
+from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining
+from pyramid_ldm.data.images import find_images, folder_fingerprint, split_held_out
+from pyramid_ldm.data.photographs import load_held_out
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
-from pyramid_ldm.evaluation.metrics import psnr, ssim
+from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
 from pyramid_ldm.files import write_text
 from pyramid_ldm.serialization import load_model
-from pyramid_ldm.training.runtime import start
+from pyramid_ldm.training.runtime import Runtime, start
 
-CROPS = 8  # of each photograph
+CROPS = 4  # of each photograph
 Figures = dict[str, float]
 # Key, title, digits, factor.
 COLUMNS = (("psnr", "PSNR, dB", 2, 1), ("ssim", "SSIM", 3, 1), ("lpips", "LPIPS", 3, 1),
@@ -33,52 +35,69 @@ COLUMNS = (("psnr", "PSNR, dB", 2, 1), ("ssim", "SSIM", 3, 1), ("lpips", "LPIPS"
 class Unseen:
     """Random crops of a folder's photographs, the same for every model."""
 
-    folder: Path
+    about: str
+    key: dict[str, Any]  # what figures depend on beside the model
     images: Tensor  # (N, 3, H, W) in [-1, 1]
     perceptual: PerceptualLoss
     inception: Inception | None
-    device: torch.device
+    real: Tensor | None  # (N, 2048), the images' own features
+    runtime: Runtime
 
     @classmethod
-    def of_folder(cls, folder: Path, size: Sequence[int], zoom: float, vgg: str, inception: Path | None) -> "Unseen":
-        """A few crops of every photograph. UserError where a file is missing."""
-        device = start("auto", "auto").device
-        images = crops(str(folder), size, CROPS * len(find_images(folder)), zoom)
-        network = None if inception is None else Inception(inception, device)
-        return cls(folder, images, PerceptualLoss(vgg, device), network, device)
+    def of_folder(
+        cls, folder: Path, data: Path, size: Sequence[int], zoom: float, vgg: str, inception: Path | None
+    ) -> "Unseen":
+        """A few crops of every photograph. UserError where a file is missing, or `data`, which models are trained on,
+        holds one of the photographs."""
+        runtime = start("auto", "auto")
+        files, known = find_images(folder), {file.digest for file in find_images(data)}
+        twice = [file.path for file in files if file.digest in known]
+        if twice:
+            raise UserError(f"{folder}: {len(twice)} of its photographs are in {data}, too, {twice[0]} first")
+        images = crops(str(folder), size, CROPS * len(files), zoom)
+        network = None if inception is None else Inception(inception, runtime.device)
+        real = None if network is None else torch.cat([network(batch) for batch in images.split(8)])
+        about = f"{len(images)} crops of {len(files)} photographs"
+        key = {"photographs": folder_fingerprint(files), "crops": len(images), "inception": inception is not None}
+        return cls(about, key, images, PerceptualLoss(vgg, runtime.device), network, real, runtime)
 
     def judge(self, task: Task) -> Figures:
         """A trained row's figures; kept beside its model, so that they are computed once."""
         kept = task.run / "unseen.json"
-        asked = {"folder": str(self.folder), "crops": len(self.images), "inception": self.inception is not None}
-        found: dict[str, dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else {}
-        if found.get("asked") != asked:
-            model = load_model(task.run / "model", task.row.build(), AutoencoderConfig).to(self.device)
-            found = {"asked": asked, "figures": self.figures(model)}
+        found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+        if found.get("asked") != self.key:
+            model = load_model(task.run / "model", task.row.build(), AutoencoderConfig).to(self.runtime.device)
+            found = {
+                "asked": self.key,
+                "figures": self.figures(lambda images: model.decode(model.encode(images).mode())),
+            }
             write_text(kept, json.dumps(found, indent=1) + "\n")
-        return found["figures"]
+        kept_figures: Figures = found["figures"]
+        return kept_figures
 
     @torch.inference_mode()
-    def figures(self, model: PyramidAutoencoder) -> Figures:
-        """Means over the crops, in float32; with the Inception network also the distances of all reconstructions from
-        all originals."""
+    def figures(self, reconstruct: Callable[[Tensor], Tensor]) -> Figures:
+        """Means over the crops; with the Inception network also the distances of all reconstructions from all
+        originals."""
         rows, features = [], []
         for batch in self.images.split(8):
-            original = batch.to(self.device)
-            decoded = model.decode(model.encode(original).mode()).clamp(-1, 1)
-            for image, target in zip(decoded.split(1), original.split(1), strict=True):
-                near = (float(psnr(image, target)), float(ssim(image, target)), float(self.perceptual(image, target)))
-                rows.append(near)
+            original = batch.to(self.runtime.device)
+            with self.runtime.autocast():
+                decoded = reconstruct(original).float().clamp(-1, 1)
+            rows += nearness(decoded, original, self.perceptual)
             if self.inception is not None:
-                features.append(torch.stack([self.inception(decoded), self.inception(original)]))
+                features.append(self.inception(decoded))
         found = dict(zip(("psnr", "ssim", "lpips"), map(mean, zip(*rows, strict=True)), strict=True))
-        if features:
-            ours, real = torch.cat(features, dim=1)
+        if self.real is not None:
             found |= {
-                "rfid": frechet_distance(Moments.of([ours]), Moments.of([real])),
-                "rkid": kernel_distance(ours, real),
+                "rfid": frechet_distance(Moments.of(features), Moments.of([self.real])),
+                "rkid": kernel_distance(torch.cat(features), self.real),
             }
         return found
+
+    def thumbnails(self, values: int) -> Figures:
+        """Bicubic ones of as many values."""
+        return self.figures(lambda images: bicubic(images.cpu(), values).to(images.device))
 
     def markdown(self, groups: dict[str, list[Figures]]) -> str:
         """A line a group of seeds."""
@@ -90,4 +109,21 @@ class Unseen:
         for name, results in groups.items():
             cells = [spread([factor * r[key] for r in results], digits) for key, _, digits, factor in columns]
             lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(results)} |")
-        return "\n".join(lines) + f"\n\n{len(self.images)} crops of {len(find_images(self.folder))} photographs.\n"
+        return "\n".join(lines) + f"\n\n{self.about}.\n"
+
+
+def nearness(images: Tensor, targets: Tensor, perceptual: PerceptualLoss) -> list[tuple[float, float, float]]:
+    """PSNR, SSIM and LPIPS of each."""
+    return [
+        (float(psnr(image, target)), float(ssim(image, target)), float(perceptual(image, target)))
+        for image, target in zip(images.split(1), targets.split(1), strict=True)
+    ]
+
+
+def bicubic_figures(config: AutoencoderTraining, values: int, perceptual: PerceptualLoss) -> Figures:
+    """What a thumbnail of as many values does on the images that training measures itself by."""
+    files = split_held_out(find_images(Path(config.data.root)), config.data.validation)[1]
+    height, width = config.image_size
+    images = load_held_out(files, (height, width), config.log.pictures)
+    rows = nearness(bicubic(images, values), images, perceptual)
+    return dict(zip(FIGURES, map(mean, zip(*rows, strict=True)), strict=True))
