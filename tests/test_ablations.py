@@ -107,6 +107,7 @@ def test_configs_named_after_the_papers_data_sets_keep_its_choices(path):
     config = load_config(AutoencoderTraining, path, ["data.root=x"])
     papers = path.stem != "demo"
     assert config.model.encoder.image_patch == (1 if papers else 4)
+    assert config.model.decoder.branch_blocks == (2 if papers else 1)
     assert config.model.encoder.spectral_norm
     assert config.model.skip == "res_skip"
     assert config.model.attention.decoder == "spatial_channel"

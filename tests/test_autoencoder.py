@@ -147,7 +147,7 @@ def test_a_linear_head_knows_how_large_its_features_are(linear):
 
 
 @pytest.mark.parametrize("zero_init", [True, False])
-def test_residual_blocks_of_the_decoder_begin_as_the_identity(zero_init):
+def test_residual_blocks_of_the_decoder_begin_as_their_shortcut(zero_init):
     """Up to the sum's 1 / sqrt 2, in the backbone and in the branches."""
     decoder = tiny_autoencoder(decoder__zero_init=zero_init).decoder
     blocks = [module for module in decoder.modules() if isinstance(module, ResidualBlock)]

@@ -170,7 +170,7 @@ class PyramidDecoder(nn.Module):
         norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
             sees the whole image everywhere.
         upsampling: of features: "nearest" (PDM) or "bilinear". RGB is always bilinear.
-        zero_init: residual blocks begin as the identity.
+        zero_init: residual branches begin at zero (a ViT's always do): a block is its shortcut / sqrt 2 at first.
         coarse_init: scale at the start of training, where a latent enters, of what comes up from coarser levels: at 1
             it hides the finer latent, which carries more of the image, for long.
         checkpoint_factors: resolutions recomputed in the backward pass.
@@ -183,7 +183,7 @@ class PyramidDecoder(nn.Module):
         *,
         blocks: int = 2,
         branch: str = "residual",
-        branch_blocks: int = 2,
+        branch_blocks: int = 1,
         skip: str = "res_skip",
         attention: str = "spatial_channel",
         attention_factors: Sequence[int] = (),

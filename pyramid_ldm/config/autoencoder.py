@@ -61,9 +61,9 @@ class DecoderConfig:
 
     widths: list[int] = field(default_factory=lambda: [32, 64, 128])
     branch: str = "residual"  # residual | vit
-    branch_blocks: int = 2
+    branch_blocks: int = 1
     upsampling: str = "nearest"  # nearest | bilinear: of features; RGB is always bilinear
-    zero_init: bool = True  # residual blocks begin as the identity
+    zero_init: bool = True  # residual branches begin at zero, as a ViT's always do: a block is x / sqrt 2 at first
     coarse_init: float = 0.1  # where a latent enters: scale at first of what comes up from coarser levels
     dropout: float = 0.35  # at the lowest resolution, falling linearly to 0 at the highest
 
