@@ -110,7 +110,7 @@ def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, photographs, others
     assert all(f"| {name} 1:192 |" in judged for name in ("ours", "sd-vae", "bicubic"))
     assert judged.endswith("2 crops of 2 photographs.\n")
     monkeypatch.setattr(rows, "train_autoencoder", None)  # nothing is trained, or judged, twice
-    monkeypatch.setattr(unseen.Unseen, "figures", None)
+    monkeypatch.setattr(unseen, "load_model", None)
     assert compare.main() == 0
     assert (tmp_path / "out" / "table.md").read_text() == table
 
