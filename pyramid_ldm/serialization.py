@@ -48,8 +48,8 @@ def load_model(directory: Path, build: Callable[[Any], Model], schema: type) -> 
     try:
         model.load_state_dict(load_file(weights), strict=True, assign=True)
     except (SafetensorError, RuntimeError) as error:
-        reason = next((line for line in str(error).splitlines() if "key(s)" in line or "mismatch" in line), str(error))
-        reason = reason.strip()[:200]
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "key(s)" in line or "mismatch" in line), lines[0]).strip()[:200]
         raise UserError(f"{weights}: does not hold the weights that config.yaml describes ({reason})") from None
     return model.eval()
 

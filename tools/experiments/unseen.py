@@ -72,8 +72,7 @@ class Unseen:
                 "figures": self.figures(lambda images: model.decode(model.encode(images).mode())),
             }
             write_text(kept, json.dumps(found, indent=1) + "\n")
-        kept_figures: Figures = found["figures"]
-        return kept_figures
+        return found["figures"]
 
     @torch.inference_mode()
     def figures(self, reconstruct: Callable[[Tensor], Tensor]) -> Figures:
