@@ -41,10 +41,15 @@ def level_shapes(levels: Sequence[LatentLevel], image_size: Sequence[int]) -> li
     return [level.shape(image_size) for level in levels]
 
 
+def latent_values(levels: Sequence[LatentLevel], image_size: Sequence[int]) -> int:
+    """Values of all levels of one image."""
+    return sum(math.prod(shape) for shape in level_shapes(levels, image_size))
+
+
 def compression_ratio(levels: Sequence[LatentLevel], image_size: Sequence[int]) -> float:
     """Values of an RGB image per value of its latents: 256.0 means 1:256 (PDM section 1)."""
     height, width = image_size
-    return 3 * height * width / sum(math.prod(shape) for shape in level_shapes(levels, image_size))
+    return 3 * height * width / latent_values(levels, image_size)
 
 
 def flatten(pyramid: Pyramid) -> Tensor:

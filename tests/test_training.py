@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pyramid_ldm.cli import main
 from pyramid_ldm.training.checkpoint import checkpoint_directories
 
 AE_CONFIG = """
@@ -160,6 +163,27 @@ def test_flow_killed_and_resumed_ends_bit_for_bit_the_same(home, tmp_path):
     run(*arguments)
     assert_equal(state_of(home / "flow"), state_of(tmp_path / "flow"))
     assert logged(home / "flow", "loss") == logged(tmp_path / "flow", "loss")
+
+
+@pytest.mark.parametrize("command", ["train-ae", "train-flow"])
+def test_a_finished_run_exports_another_average(home, photographs, tmp_path, command):
+    name, data = ("ae", photographs) if command == "train-ae" else ("flow", home / "latents")
+    directory = tmp_path / name
+    shutil.copytree(home / name, directory)
+    weights = directory / ("model" if name == "ae" else "model/flow") / "model.safetensors"
+    before, log = weights.read_bytes(), (directory / "metrics.jsonl").read_text()
+    key = "data.root" if name == "ae" else "data.shards"
+    words = [command, str(home / f"{name}.yaml"), f"{key}={data}", f"run_dir={directory}"]
+    assert main([*words, "ema.export=0.1"]) == 0
+    tracks, stored = state_of(directory)["ema"], load_file(weights)
+    norms = [key for key in stored if key.endswith("norm.bias")]  # nothing is folded into these
+    assert len(norms) > 1
+    assert all(torch.equal(stored[key], tracks["0.1"][key]) for key in norms)
+    assert not any(torch.equal(stored[key], tracks["0.05"][key]) for key in norms)
+    assert main(words) == 0  # and back
+    assert weights.read_bytes() == before
+    assert (directory / "metrics.jsonl").read_text() == log
+    assert_equal(state_of(directory), state_of(home / name))
 
 
 def test_two_processes_give_the_single_processs_losses(home, photographs, tmp_path):

@@ -17,7 +17,7 @@ from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
 from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
 from pyramid_ldm.files import write_atomic, write_text
-from pyramid_ldm.pyramid import level_shapes
+from pyramid_ldm.pyramid import latent_values
 
 GRID_PAIRS = 16
 
@@ -55,7 +55,7 @@ def reconstruct_to_folder(
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     values: list[tuple[float, float, float, float]] = []
-    numbers = sum(c * h * w for c, h, w in level_shapes(autoencoder.levels, size))
+    numbers = latent_values(autoencoder.levels, size)
     pairs: list[Image.Image] = []
     for number, file in enumerate(tqdm(files[:count], unit="img", desc="reconstruct", disable=not sys.stderr.isatty())):
         try:

@@ -25,7 +25,7 @@ from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.memory import PeakMemory, decompose
 from pyramid_ldm.nn.layers import SpectralNorm, fold_spectral_norm
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
-from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, level_shapes
+from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, latent_values, level_shapes
 from pyramid_ldm.training import train_autoencoder, train_flow
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
@@ -317,5 +317,5 @@ def latent_levels(config: AutoencoderConfig | FlowConfig) -> list[LatentLevel]:
 
 def cache_bytes(config: AutoencoderConfig, images: int) -> int:
     """Records of `images` photographs in float16: means, log-variances unless VQ, and mirrored copies."""
-    values = sum(math.prod(shape) for shape in level_shapes(latent_levels(config), config.image_size))
+    values = latent_values(latent_levels(config), config.image_size)
     return images * values * 2 * (2 if config.latent == "kl" else 1) * 2

@@ -22,7 +22,8 @@ from pyramid_ldm.training.runtime import Runtime
 # May differ from one start of a run to the next; everything else is what the run *is*.
 MUTABLE = ("device", "compile", "precision", "train.images", "train.regions", "train.region_size",
            "train.max_nonfinite", "data.workers", "data.root",
-           "data.shards", "data.max_bad_fraction", "log.", "checkpoint.", "samples.", "run_dir")  # fmt: skip
+           "data.shards", "data.max_bad_fraction", "ema.export",
+           "log.", "checkpoint.", "samples.", "run_dir")  # fmt: skip
 
 Batch = TypeVar("Batch")
 

@@ -139,6 +139,8 @@ def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoenc
         for line in skipped:
             log.say(line)
         log.say(describe(config, state, runtime, len(train_files), len(held_out_files), total))
+        if state.images_seen >= total:
+            export(config, run, state, runtime)  # again: ema.export may be another one now
         while state.images_seen < total and not runtime.any(stop.requested):
             before = state.images_seen
             rate = learning_rate(train, before)
@@ -271,11 +273,17 @@ def examine(
     log.picture("reconstructions", state.images_seen, comparison_grid(images.cpu(), torch.cat(shown).cpu()))
 
 
-def save(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime) -> None:
-    """A checkpoint and the exported EMA model."""
+def export(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime) -> None:
+    """model/: the average of width `ema.export`."""
     if runtime.main:
         averaged = state.ema.export(state.autoencoder, config.ema.export)
-        replace_directory(run / "model", averaged.save_pretrained)  # first: a kill in between only repeats work
+        replace_directory(run / "model", averaged.save_pretrained)
+
+
+def save(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime) -> None:
+    """The exported model and a checkpoint."""
+    export(config, run, state, runtime)  # first: a kill in between only repeats work
+    if runtime.main:
         save_checkpoint(run, state.images_seen, state.state_dict())
         prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every, per_step(config.train, runtime))
     runtime.barrier()

@@ -116,6 +116,8 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
         for line in skipped:
             log.say(line)
         log.say(describe(config, cache, state, scaling, runtime, total))
+        if state.images_seen >= total:
+            export(config, run, autoencoder, scaling, state, runtime)  # again: ema.export may be another one now
         while state.images_seen < total and not runtime.any(stop.requested):
             before = state.images_seen
             rate = learning_rate(train, before)
@@ -253,6 +255,19 @@ def make_pipeline(
     return PyramidPipeline(averaged, autoencoder, scaling, build_flow(config.rectified_flow))
 
 
+def export(
+    config: FlowTraining,
+    run: Path,
+    autoencoder: PyramidAutoencoder,
+    scaling: LatentScaling,
+    state: State,
+    runtime: Runtime,
+) -> None:
+    """model/: the network's average of width `ema.export`, with its autoencoder."""
+    if runtime.main:
+        replace_directory(run / "model", make_pipeline(config, autoencoder, scaling, state).save_pretrained)
+
+
 def save(
     config: FlowTraining,
     run: Path,
@@ -262,9 +277,8 @@ def save(
     runtime: Runtime,
 ) -> None:
     """The exported pipeline and a checkpoint."""
+    export(config, run, autoencoder, scaling, state, runtime)  # first: a kill in between only repeats work
     if runtime.main:
-        # The export first: a kill in between only repeats work.
-        replace_directory(run / "model", make_pipeline(config, autoencoder, scaling, state).save_pretrained)
         save_checkpoint(run, state.images_seen, state.state_dict())
         prune(run, config.checkpoint.keep_last, config.checkpoint.keep_every, per_step(config.train, runtime))
     runtime.barrier()

@@ -10,7 +10,7 @@ AUTOENCODER: dict[str, tuple[str, ...]] = {
     "image patch 2": ("model.encoder.image_patch=2",),
     "image patch 8": ("model.encoder.image_patch=8",),
     "no linear heads": ("model.encoder.linear_heads=false",),
-    "blocks not the identity at first": ("model.decoder.zero_init=false",),
+    "no zero init": ("model.decoder.zero_init=false",),
     "coarse levels at full strength": ("model.decoder.coarse_init=1.0",),
     "none of these": (
         "model.decoder.coarse_init=1.0",

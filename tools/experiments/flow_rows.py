@@ -88,16 +88,21 @@ class FlowTask:
         return load_config(FlowTraining, RECIPE, [*self.row, *self.overrides, *own])
 
     def train(self, reference: Reference, inception: Inception, samples: int, steps: list[int]) -> dict[str, Any]:
-        """Trains, or goes on, or reads what is done. Returns the row's figures."""
-        result, judged = self.run / "result.json", {"samples": samples, "steps": steps, "real": len(reference.features)}
-        remember(self.run, {"config": to_yaml(self.config())} | judged)
-        if not result.is_file():
+        """Trains, or goes on, or reads what is done; numbers of steps that were not judged yet are. Returns the row's
+        figures."""
+        result = self.run / "result.json"
+        about = {"config": to_yaml(self.config()), "samples": samples, "real": len(reference.features)}
+        remember(self.run, about)
+        found: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
+        if not found:
             _, finished = train_flow(self.config())
             if not finished:
                 raise KeyboardInterrupt
-            found: dict[str, Any] = {"losses": last_losses(self.run)}
+            found = {"losses": last_losses(self.run)}
+        missing = [count for count in steps if f"euler_{count}" not in found]
+        if missing or "rk45_nfe" not in found:
             pipeline = PyramidPipeline.from_pretrained(self.run).to(inception.device)
-            for count in steps:
+            for count in missing:
                 features = [
                     inception(torch.stack([to_tensor(image) for image in output.images]))
                     for output in pipeline.stream(
@@ -105,10 +110,10 @@ class FlowTask:
                     )
                 ]
                 found[f"euler_{count}"] = reference.distances(torch.cat(features))
-            output = pipeline(num_images=16, seed=1, solver="rk45", rtol=1e-3, atol=1e-3)
-            found["rk45_nfe"] = output.nfe
+            if "rk45_nfe" not in found:
+                found["rk45_nfe"] = pipeline(num_images=16, seed=1, solver="rk45", rtol=1e-3, atol=1e-3).nfe
             write_text(result, json.dumps(found, indent=1) + "\n")
-        return json.loads(result.read_text())
+        return found
 
 
 def last_losses(run: Path) -> dict[str, float]:

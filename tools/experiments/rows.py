@@ -19,7 +19,7 @@ from pyramid_ldm.data.photographs import ImageBatch
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import write_text
 from pyramid_ldm.memory import PeakMemory
-from pyramid_ldm.pyramid import level_shapes
+from pyramid_ldm.pyramid import latent_values, level_shapes
 from pyramid_ldm.serialization import load_model
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import start
@@ -124,7 +124,10 @@ def autoencoder_costs(config: AutoencoderTraining, build: Build) -> dict[str, An
     image; values of the latents."""
     model = build(config.model).eval().requires_grad_(False)
     shapes = level_shapes(model.levels, config.image_size)
-    found: dict[str, Any] = {"latent_values": sum(c * h * w for c, h, w in shapes), "ratio": model.compression_ratio()}
+    found: dict[str, Any] = {
+        "latent_values": latent_values(model.levels, config.image_size),
+        "ratio": model.compression_ratio(),
+    }
     with torch.inference_mode():
         inputs = {"encode": torch.zeros(1, 3, *config.image_size), "decode": tuple(torch.zeros(1, *s) for s in shapes)}
         for part, network in (("encode", model.encoder), ("decode", model.decoder)):
