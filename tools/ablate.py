@@ -26,7 +26,7 @@ from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.files import write_text
 
 if TYPE_CHECKING:
-    from experiments.flow_rows import Reference
+    from pyramid_ldm.evaluation.reference import Reference
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -77,16 +77,18 @@ def ablate_autoencoder(args: argparse.Namespace) -> None:
 
 def ablate_flow(args: argparse.Namespace) -> None:
     """Stage two: distances of samples from held-out images, loss per level, evaluations of RK45."""
-    from experiments.flow_rows import FlowTask, Reference
+    from experiments.flow_rows import FlowTask
 
+    from pyramid_ldm.data.images import find_images
     from pyramid_ldm.data.shards import LatentCache
     from pyramid_ldm.evaluation.frechet import Inception
+    from pyramid_ldm.evaluation.reference import Reference
     from pyramid_ldm.pipeline import PyramidPipeline
     from pyramid_ldm.training.runtime import start
 
     height, width = LatentCache(args.shards).plan.image_size
     inception = Inception(args.inception, start("auto", "auto").device)
-    reference = Reference.of_folder(args.reference, (height, width), inception)
+    reference = Reference.of_images([file.path for file in find_images(args.reference)], (height, width), inception)
     groups: dict[str, list[dict[str, Any]]] = {}
     floor = ""
     for seed in args.seeds:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from pyramid_ldm.cli.common import add_device
+from pyramid_ldm.cli.common import add_device, add_solver, solver_options
 
 NAME = "sample"
 HELP = "draw new images with a trained flow"
@@ -17,12 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="index of the first image (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNGs, grid.png and samples.jsonl")
-    parser.add_argument("--solver", default="rk45", choices=["rk45", "euler", "dopri5"], help="default: rk45")
+    add_solver(parser)
     parser.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
-    parser.add_argument("--steps", type=int, default=200, help="Euler's steps (default: 200)")
-    parser.add_argument("--rtol", type=float, default=1e-5, help="RK45's relative tolerance (default: 1e-5)")
-    parser.add_argument("--atol", type=float, default=1e-5, help="RK45's absolute tolerance (default: 1e-5)")
-    parser.add_argument("--max-nfe", type=int, default=2_000, help="give up after so many evaluations (default: 2000)")
     parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
     add_device(parser)
 
@@ -31,17 +27,9 @@ def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
     from pyramid_ldm.errors import UserError
     from pyramid_ldm.evaluation.sampling import finish_folder, sample_to_folder
-    from pyramid_ldm.pipeline import SolverOptions
     from pyramid_ldm.training.runtime import start
 
-    options = SolverOptions(
-        arguments.solver,
-        arguments.steps,
-        arguments.rtol,
-        arguments.atol,
-        arguments.max_nfe,
-        bf16=None if arguments.precision == "auto" else arguments.precision == "bf16",
-    )
+    options = solver_options(arguments)
     if arguments.num < 1 or arguments.batch_size < 1 or arguments.first < 0:
         raise UserError("--num and --batch-size must be at least 1, --first at least 0")
     runtime = start(arguments.device, arguments.precision)

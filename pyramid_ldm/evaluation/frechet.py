@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 class Inception:
     """The Inception network of December 2015 as TorchScript, whose features FID is defined on: 2048 an image.
 
-    Takes StyleGAN3's file, which scales pixels itself and knows `return_features`, and plain ones that expect
+    Takes StyleGAN2-ADA's file, which scales pixels itself and knows `return_features`, and plain ones that expect
     (pixel - 128) / 128.
 
     Args:

@@ -1,13 +1,11 @@
 """Photographs through the autoencoder and back, with figures."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
@@ -16,6 +14,7 @@ from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
 from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
+from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.files import write_atomic, write_text
 from pyramid_ldm.pyramid import latent_values
 
@@ -57,24 +56,26 @@ def reconstruct_to_folder(
     values: list[tuple[float, float, float, float]] = []
     numbers = latent_values(autoencoder.levels, size)
     pairs: list[Image.Image] = []
-    for number, file in enumerate(tqdm(files[:count], unit="img", desc="reconstruct", disable=not sys.stderr.isatty())):
-        try:
-            image = load_crop(file.path, size, zoom=1.0, top=0.5, left=0.5)[None].to(device)
-        except UnreadableImage as error:
-            tqdm.write(f"skipped {error}", file=sys.stderr)
-            continue
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            decoded = autoencoder.decode(autoencoder.encode(image).mode()).float().clamp(-1, 1)
-        lpips = float("nan") if perceptual is None else float(perceptual(decoded, image))
-        thumbnail = float(psnr(bicubic(image.cpu(), numbers), image.cpu()))
-        values.append((float(psnr(decoded, image)), float(ssim(decoded, image)), lpips, thumbnail))
-        pair = grid([to_pil(image[0]), to_pil(decoded[0])], columns=2)
-        name = f"{number:05d}-{Path(file.path).stem}.png"
-        write_atomic(out / name, lambda temporary, pair=pair: pair.save(temporary, format="PNG"))  # type: ignore[misc]
-        row = {"file": file.path, "picture": name, "psnr": values[-1][0], "ssim": values[-1][1]}
-        rows.append(row | ({} if perceptual is None else {"lpips": lpips}))
-        if len(pairs) < GRID_PAIRS:
-            pairs.append(pair)
+    files = files[:count]
+    with Progress("reconstruct", len(files)) as progress:
+        for number, file in enumerate(progress.over(files)):
+            try:
+                image = load_crop(file.path, size, zoom=1.0, top=0.5, left=0.5)[None].to(device)
+            except UnreadableImage as error:
+                progress.say(f"skipped {error}")
+                continue
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                decoded = autoencoder.decode(autoencoder.encode(image).mode()).float().clamp(-1, 1)
+            lpips = float("nan") if perceptual is None else float(perceptual(decoded, image))
+            thumbnail = float(psnr(bicubic(image.cpu(), numbers), image.cpu()))
+            values.append((float(psnr(decoded, image)), float(ssim(decoded, image)), lpips, thumbnail))
+            pair = grid([to_pil(image[0]), to_pil(decoded[0])], columns=2)
+            name = f"{number:05d}-{Path(file.path).stem}.png"
+            write_atomic(out / name, lambda temporary, pair=pair: pair.save(temporary, format="PNG"))  # type: ignore[misc]
+            row = {"file": file.path, "picture": name, "psnr": values[-1][0], "ssim": values[-1][1]}
+            rows.append(row | ({} if perceptual is None else {"lpips": lpips}))
+            if len(pairs) < GRID_PAIRS:
+                pairs.append(pair)
     if not rows:
         raise UserError(f"{data}: no image could be read")
     sheet = grid(pairs)

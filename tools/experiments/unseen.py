@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
@@ -18,14 +17,14 @@ from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining
 from pyramid_ldm.data.images import find_images, folder_fingerprint, split_held_out
 from pyramid_ldm.data.photographs import load_held_out
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
-from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
+from pyramid_ldm.evaluation.evaluate import Figures, reconstruction_figures
+from pyramid_ldm.evaluation.frechet import Inception
+from pyramid_ldm.evaluation.metrics import bicubic
 from pyramid_ldm.files import write_text
 from pyramid_ldm.serialization import load_model
 from pyramid_ldm.training.runtime import Runtime, start
 
 CROPS = 4  # of each photograph
-Figures = dict[str, float]
 # Key, title, digits, factor.
 COLUMNS = (("psnr", "PSNR, dB", 2, 1), ("ssim", "SSIM", 3, 1), ("lpips", "LPIPS", 3, 1),
            ("rfid", "rFID", 1, 1), ("rkid", "rKID x 1000", 1, 1000))  # fmt: skip
@@ -74,25 +73,16 @@ class Unseen:
             write_text(kept, json.dumps(found, indent=1) + "\n")
         return found["figures"]
 
-    @torch.inference_mode()
     def figures(self, reconstruct: Callable[[Tensor], Tensor]) -> Figures:
         """Means over the crops; with the Inception network also the distances of all reconstructions from all
         originals."""
-        rows, features = [], []
-        for batch in self.images.split(8):
-            original = batch.to(self.runtime.device)
+
+        def autocast(images: Tensor) -> Tensor:
             with self.runtime.autocast():
-                decoded = reconstruct(original).float().clamp(-1, 1)
-            rows += nearness(decoded, original, self.perceptual)
-            if self.inception is not None:
-                features.append(self.inception(decoded))
-        found = dict(zip(("psnr", "ssim", "lpips"), map(mean, zip(*rows, strict=True)), strict=True))
-        if self.real is not None:
-            found |= {
-                "rfid": frechet_distance(Moments.of(features), Moments.of([self.real])),
-                "rkid": kernel_distance(torch.cat(features), self.real),
-            }
-        return found
+                return reconstruct(images)
+
+        batches = (batch.to(self.runtime.device) for batch in self.images.split(8))
+        return reconstruction_figures({"": autocast}, batches, self.perceptual, self.inception, self.real)[1][""]
 
     def thumbnails(self, values: int) -> Figures:
         """Bicubic ones of as many values."""
@@ -111,18 +101,10 @@ class Unseen:
         return "\n".join(lines) + f"\n\n{self.about}.\n"
 
 
-def nearness(images: Tensor, targets: Tensor, perceptual: PerceptualLoss) -> list[tuple[float, float, float]]:
-    """PSNR, SSIM and LPIPS of each."""
-    return [
-        (float(psnr(image, target)), float(ssim(image, target)), float(perceptual(image, target)))
-        for image, target in zip(images.split(1), targets.split(1), strict=True)
-    ]
-
-
 def bicubic_figures(config: AutoencoderTraining, values: int, perceptual: PerceptualLoss) -> Figures:
     """What a thumbnail of as many values does on the images that training measures itself by."""
     files = split_held_out(find_images(Path(config.data.root)), config.data.validation)[1]
     height, width = config.image_size
     images = load_held_out(files, (height, width), config.log.pictures)
-    rows = nearness(bicubic(images, values), images, perceptual)
-    return dict(zip(FIGURES, map(mean, zip(*rows, strict=True)), strict=True))
+    _, found = reconstruction_figures({"": lambda x: bicubic(x, values)}, [images], perceptual, None)
+    return {key: found[""][key.removeprefix("held_out_")] for key in FIGURES}

@@ -1,0 +1,182 @@
+"""`pyramid-ldm evaluate`: figures of what is known, for a run of either stage and for a folder of pictures."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import lively_autoencoder, randomise, tiny_flow
+from PIL import Image
+
+from pyramid_ldm.cli import main
+from pyramid_ldm.data.scenes import render_landscape
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.evaluation import progress as progress_module
+from pyramid_ldm.evaluation.evaluate import pictures_of, reconstruction_figures
+from pyramid_ldm.evaluation.metrics import bicubic
+from pyramid_ldm.evaluation.progress import Progress
+from pyramid_ldm.evaluation.reference import Reference, centre_crops
+from pyramid_ldm.pipeline import PyramidPipeline
+from pyramid_ldm.pyramid import LatentScaling
+
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript
+
+
+class MeanColour(torch.nn.Module):
+    """Three features in [0, 1] where Inception has 2048; takes bytes, as StyleGAN2-ADA's file does."""
+
+    def forward(self, image: torch.Tensor, return_features: bool) -> torch.Tensor:
+        return image.float().mean(dim=(2, 3)) / 255
+
+
+def colours(images):
+    return images.mean(dim=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "net.pt"
+    torch.jit.script(MeanColour()).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """A pipeline of random networks, as a run directory holds it."""
+    run = tmp_path_factory.mktemp("flow")
+    network = randomise(tiny_flow())
+    scaling = LatentScaling(((0.0,), (0.0,)), ((1.0,), (1.0,)))
+    PyramidPipeline(network, lively_autoencoder(), scaling).save_pretrained(run / "model")
+    return run
+
+
+def figures_of(tmp_path, *words):
+    assert main(["evaluate", *map(str, words), "--out", str(tmp_path / "figures.json"), "--precision", "fp32"]) == 0
+    return json.loads((tmp_path / "figures.json").read_text())
+
+
+def shifted(folder, change):
+    """Copies of plain grey pictures, each a little different, with `change` added to every pixel."""
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (32, 32), (100 + 10 * i + change,) * 3).save(folder / f"{i}.png")
+    return folder
+
+
+def test_pictures_a_known_distance_away(tmp_path, inception, capsys):
+    """A shift of the mean by 20 of 255 levels in three features, nothing else: FID is its square."""
+    real, others = shifted(tmp_path / "real", 0), shifted(tmp_path / "others", 20)
+    found = figures_of(tmp_path, others, "--data", real, "--inception", inception)
+    assert found["of_samples"]["fid"] == pytest.approx(3 * (20 / 255) ** 2, rel=1e-4)
+    assert found["samples"] == found["photographs"] == 6
+    same = figures_of(tmp_path, real, "--data", real, "--inception", inception)
+    assert same["of_samples"]["fid"] == pytest.approx(0, abs=1e-8)
+    printed = capsys.readouterr().out
+    assert "6 pictures of" in printed
+    assert "half of the photographs from the other half (3 each)" in printed
+
+
+def test_what_sample_drew_is_without_its_grid(tmp_path):
+    folder = shifted(tmp_path / "samples", 0)
+    (folder / "samples.jsonl").write_text('{"file": "1.png"}\n{"file": "0.png"}\n{"file": "1.png"}\n')
+    assert pictures_of(folder) == [str(folder / "1.png"), str(folder / "0.png")]
+
+
+def test_an_autoencoder_beside_a_thumbnail(tmp_path, autoencoder_directory, photographs, inception, capsys):
+    found = figures_of(tmp_path, autoencoder_directory, "--data", photographs, "--inception", inception,
+                       "--lpips", "random", "--num", 5)  # fmt: skip
+    assert (found["what"], found["photographs"], found["values"]) == ("autoencoder", 5, 6 * 4 + 4 * 16)
+    assert set(found["reconstructed"]) == set(found["bicubic"]) == {"psnr", "ssim", "lpips", "rfid", "rkid"}
+    images = torch.cat([batch for _, batch in centre_crops(sorted(map(str, photographs.iterdir()))[:5], (32, 32), "")])
+    error = (bicubic(images, 6 * 4 + 4 * 16) - images).square().flatten(1).mean(dim=1)
+    expected = (10 * torch.log10(4 / error)).mean().item()
+    assert found["bicubic"]["psnr"] == pytest.approx(expected, abs=1e-4)
+    assert found["bicubic"]["psnr"] > found["reconstructed"]["psnr"]  # nothing was trained
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split() == ["PSNR,", "dB", "SSIM", "LPIPS", "rFID", "rKID", "x", "1000"]
+    assert table[3].split()[:2] == ["bicubic", f"{expected:.2f}"]
+
+
+def test_a_flow_is_held_against_the_held_out_share(tmp_path, flow, photographs, inception):
+    words = ["--data", photographs, "--inception", inception, "--solver", "euler", "--steps", 3, "--held-out", 0.5]
+    found = figures_of(tmp_path, flow, *words, "--num", 4, "--batch-size", 3)
+    assert 4 <= found["photographs"] < 12
+    assert (found["samples"], found["nfe"], found["solver"]) == (4, 3, "euler, 3 steps")
+    assert found["of_samples"]["fid"] > found["of_halves"]["fid"]  # a random network's samples
+    assert figures_of(tmp_path, flow, *words, "--num", 4, "--batch-size", 4)["of_samples"]["fid"] == pytest.approx(
+        found["of_samples"]["fid"], rel=1e-2
+    )
+    assert figures_of(tmp_path, flow, *words, "--num", 4, "--seed", 1)["of_samples"] != found["of_samples"]
+    assert figures_of(tmp_path, flow, *words)["samples"] == found["photographs"]
+
+
+def test_figures_of_known_reconstructions():
+    images = 0.5 * torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    ways = {"same": lambda batch: batch, "darker": lambda batch: batch - 0.2}
+    count, found = reconstruction_figures(ways, images.split(4), lambda image, target: (target - image).mean(), colours)
+    assert count == 6
+    same, darker = found["same"], found["darker"]
+    assert (same["ssim"], same["lpips"]) == (pytest.approx(1), 0)
+    assert same["rfid"] == pytest.approx(0, abs=1e-6)
+    assert darker["psnr"] == pytest.approx(10 * math.log10(4 / 0.2**2), abs=1e-4)
+    assert darker["lpips"] == pytest.approx(0.2)
+    assert darker["rfid"] == pytest.approx(3 * 0.2**2, abs=1e-5)
+    assert darker["rkid"] > same["rkid"]
+
+
+def test_a_file_that_cannot_be_read_is_named_and_left_out(tmp_path, capsys):
+    folder = shifted(tmp_path / "real", 0)
+    (folder / "3.png").write_bytes(b"nothing")
+    (folder / "5.png").write_bytes(b"nothing")
+    paths = sorted(map(str, folder.iterdir()))
+    reference = Reference.of_images(paths, (32, 32), colours)
+    assert reference.images == [path for path in paths if path[-5] not in "35"]
+    assert len(reference.features) == 4
+    assert capsys.readouterr().err.count("skipped") == 2
+    (folder / "4.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="3 photographs"):
+        Reference.of_images(paths, (32, 32), colours)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere", "--data", "PHOTOS"], "nowhere: is no run with a model in it, and no folder of pictures"),
+        (["PHOTOS", "--data", "PHOTOS"], "FID and KID need --inception"),
+        (["FLOW", "--data", "PHOTOS"], "FID and KID need --inception"),
+        (["FLOW", "--data", "nowhere", "--inception", "NET"], "nowhere: no such folder"),
+        (["FLOW", "--data", "PHOTOS", "--inception", "NET", "--num", "0"], "--num and --batch-size"),
+        (["FLOW", "--data", "PHOTOS", "--inception", "NET", "--num", "1", "--steps", "1", "--solver", "euler"],
+         "1 picture to compare; distances need at least two"),
+        (["PHOTOS", "--data", "PHOTOS", "--inception", "NET", "--num", "1"], "1 picture to compare"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line(flow, photographs, inception, capsys, words, message):
+    places = {"FLOW": str(flow), "PHOTOS": str(photographs), "NET": str(inception)}
+    assert main(["evaluate", *(places.get(word, word) for word in words)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(capsys, monkeypatch):
+    seconds = iter(range(0, 1000, 15))
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(seconds))
+    with Progress("evaluate", 5) as progress:
+        assert list(progress.over("abcde")) == list("abcde")
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluate: 2 of 5, 0.067 images/s, 45 s left",
+        "evaluate: 4 of 5, 0.067 images/s, 15 s left",
+        "evaluate: 5 of 5, 0.067 images/s, 0 s left",
+    ]
+
+
+def test_landscapes_are_nearer_to_landscapes_than_grey_is(tmp_path, photographs, inception):
+    """The whole way, with pictures that differ as pictures do."""
+    others = tmp_path / "others"
+    others.mkdir()
+    for i in range(50, 62):
+        Image.fromarray(render_landscape(i, 48, 64)).save(others / f"{i}.png")
+    near = figures_of(tmp_path, others, "--data", photographs, "--inception", inception)
+    far = figures_of(tmp_path, shifted(tmp_path / "grey", 100), "--data", photographs, "--inception", inception)
+    assert far["of_samples"]["fid"] > 2 * near["of_samples"]["fid"]
+    assert far["of_samples"]["kid"] > near["of_samples"]["kid"]
