@@ -19,7 +19,6 @@ from pyramid_ldm.evaluation.reference import Reference, centre_crops
 from pyramid_ldm.pipeline import PyramidPipeline
 from pyramid_ldm.pyramid import LatentScaling
 
-
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of TorchScript
 
 
