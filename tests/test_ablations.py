@@ -70,7 +70,7 @@ def test_ablations_of_the_flow_train_judge_and_go_on(tmp_path, finished, photogr
     table = (tmp_path / "out" / "table.md").read_text()
     lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     assert lines[2:] == ["default", "time logit-normal"]
-    assert re.search(r"3 samples against 12 real images\. Two halves of 6 real images are -?\d", table)
+    assert re.search(r"3 samples against 12 real images\. Half of these, 6, are -?\d", table)
     monkeypatch.setattr(flow_rows, "train_flow", None)  # what is done is not trained again
     assert ablate.main() == 0
     assert (tmp_path / "out" / "table.md").read_text() == table

@@ -1,10 +1,13 @@
 """Wrong input gets one line and exit code 2."""
 
+import argparse
+
 import pytest
 from conftest import tiny_autoencoder
 from PIL import Image
+from torch.distributed.run import get_args_parser
 
-from pyramid_ldm.cli import COMMANDS, main
+from pyramid_ldm.cli import COMMANDS, encode, main, sample, train_ae, train_flow
 
 ROOT = __import__("pathlib").Path(__file__).parent.parent
 
@@ -118,3 +121,14 @@ def test_reconstruct_and_latents_write_what_they_say(capsys, tmp_path, ae_run, p
     sheet = tmp_path / "l.png"
     assert main(["latents", str(ae_run), "--data", str(photographs), "--out", str(sheet), "--fill", "mean"]) == 0
     assert Image.open(sheet).width > 3 * 32
+
+
+@pytest.mark.parametrize("module", [train_ae, encode, train_flow, sample], ids=lambda module: module.NAME)
+def test_torchrun_leaves_a_command_its_options(module):
+    """It reads every option, and takes one that begins like its own (--num: --numa-binding) for that; hence -n."""
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    options = [action.option_strings[0] for action in parser._actions if action.option_strings]
+    words = [word for option in options if option != "-h" for word in (option, "1")]
+    found = get_args_parser().parse_args(["--nproc-per-node=4", "-m", "pyramid_ldm", module.NAME, "run", *words])
+    assert found.training_script_args == [module.NAME, "run", *words]

@@ -88,7 +88,7 @@ def ablate_flow(args: argparse.Namespace) -> None:
 
     height, width = LatentCache(args.shards).plan.image_size
     inception = Inception(args.inception, start("auto", "auto").device)
-    reference = Reference.of_images([file.path for file in find_images(args.reference)], (height, width), inception)
+    reference = Reference.of_images(find_images(args.reference), (height, width), inception)
     groups: dict[str, list[dict[str, Any]]] = {}
     floor = ""
     for seed in args.seeds:
@@ -97,7 +97,7 @@ def ablate_flow(args: argparse.Namespace) -> None:
             groups.setdefault(name, []).append(task.train(reference, inception, args.samples, args.steps))
             if not floor:  # once: every run has the cache's autoencoder
                 autoencoder = PyramidPipeline.from_pretrained(task.run).to(inception.device).autoencoder
-                floor = floor_line(reference, reference.reconstructed(autoencoder, inception), args.samples)
+                floor = floor_line(reference, reference.floor(reference.half, inception, autoencoder), args.samples)
             table = flow_markdown(groups, args.steps) + floor
             write_text(args.out / "table.md", table)
             print(table, flush=True)
@@ -128,17 +128,16 @@ def flow_markdown(groups: dict[str, list[dict[str, Any]]], steps: list[int]) -> 
     return "\n".join(lines) + "\n"
 
 
-def floor_line(reference: "Reference", reconstructed: dict[str, float], samples: int) -> str:
+def floor_line(reference: "Reference", floor: dict[str, dict[str, float]], samples: int) -> str:
     """What the distances mean."""
-    halves, half = reference.halves(), len(reference.features) // 2
 
-    def both(found: dict[str, float]) -> str:
-        return f"{1000 * found['kid']:.1f} (KID x 1000) and {found['fid']:.1f} (FID)"
+    def both(key: str) -> str:
+        return f"{1000 * floor[key]['kid']:.1f} (KID x 1000) and {floor[key]['fid']:.1f} (FID)"
 
     return (
-        f"\n{samples} samples against {len(reference.features)} real images. Two halves of {half} real images are "
-        f"{both(halves)} apart, and all of them from themselves through the autoencoder {both(reconstructed)}. FID "
-        "grows as images become fewer, so that these three cannot be compared with each other by it; KID does not.\n"
+        f"\n{samples} samples against {len(reference.images)} real images. Half of these, {reference.half}, are "
+        f"{both('photographs')} from the other half, and {both('reconstructions')} after the autoencoder. FID grows as "
+        "images become fewer, so that the table's cannot be compared with these two; KID does not.\n"
     )
 
 

@@ -21,16 +21,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_or_pictures", metavar="RUN", type=Path, help="a run of either stage, or pictures")
     parser.add_argument("--data", type=Path, required=True, help="folder of photographs to compare with")
     parser.add_argument(
-        "--held-out", type=float, metavar="SHARE", help="only the photographs held out at this data.validation"
+        "--held-out",
+        type=float,
+        metavar="SHARE",
+        help="only the photographs that training held out at this data.validation (default: all)",
     )
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="StyleGAN2-ADA's inception-2015-12-05.pt")
-    parser.add_argument("--lpips", metavar="WEIGHTS", help="imagenet, or a file with VGG-16's weights")
     parser.add_argument(
-        "--num", type=int, help="samples to draw (default: as many as photographs); of the others, only the first"
+        "--inception",
+        type=Path,
+        metavar="FILE",
+        help="inception-2015-12-05.pt, for FID and KID; an autoencoder can do without",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument(
+        "--lpips",
+        metavar="WEIGHTS",
+        help="of an autoencoder: imagenet, or a file of VGG-16's weights (default: none)",
+    )
+    parser.add_argument(
+        "-n", "--num", type=int, help="of a flow: samples (default: as many as photographs); otherwise: images to use"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of a flow's samples (default: 0)")
     add_solver(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="of samples (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="of a flow's samples (default: 8)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures there, as JSON")
     add_device(parser)
 
@@ -45,16 +57,18 @@ def run(arguments: argparse.Namespace) -> bool:
         raise UserError("--num and --batch-size must be at least 1")
     options = solver_options(arguments)
     runtime = start(arguments.device, arguments.precision)
+    if runtime.ranks > 1:
+        raise UserError("evaluate runs in one process; `sample` draws in several, then evaluate its folder")
     how = Evaluation(
-        runtime.device,
-        runtime.bf16,
-        arguments.inception,
-        arguments.lpips,
-        arguments.held_out,
-        arguments.num,
-        arguments.seed,
-        options,
-        arguments.batch_size,
+        device=runtime.device,
+        bf16=runtime.bf16,
+        inception=arguments.inception,
+        lpips=arguments.lpips,
+        held_out=arguments.held_out,
+        count=arguments.num,
+        seed=arguments.seed,
+        options=options,
+        batch_size=arguments.batch_size,
     )
     report(arguments.run_or_pictures, arguments.data, how, arguments.out)
     return True

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the pairs, grid.png and reconstructions.jsonl"
     )
-    parser.add_argument("--num", type=int, help="first so many images (default: all)")
+    parser.add_argument("-n", "--num", type=int, help="first so many images (default: all)")
     parser.add_argument(
         "--held-out", type=float, metavar="SHARE", help="only the images held out at this data.validation"
     )

@@ -13,7 +13,7 @@ EXAMPLE = "pyramid-ldm sample runs/scapes2k-flow --num 16 --seed 0 --solver rk45
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FLOW_RUN --num --out and how."""
     parser.add_argument("flow", metavar="FLOW_RUN", type=Path, help="a run directory of train-flow")
-    parser.add_argument("--num", type=int, default=16, help="images (default: 16)")
+    parser.add_argument("-n", "--num", type=int, default=16, help="images (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
     parser.add_argument("--first", type=int, default=0, help="index of the first image (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="folder for PNGs, grid.png and samples.jsonl")

@@ -105,16 +105,27 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(np.square(a.mean - b.mean).sum() + np.trace(first) + np.trace(second) - 2 * mixed)
 
 
-def kernel_distance(a: Tensor, b: Tensor) -> float:
+def kernel_distance(a: Tensor, b: Tensor, *, paired: bool = False) -> float:
     """Unbiased squared maximum mean discrepancy of features (N, D) and (M, D) under the kernel (x y / D + 1)^3
-    (Binkowski et al. 2018), of all images at once. May be slightly negative."""
+    (Binkowski et al. 2018), of all images at once. May be slightly negative.
+
+    Args:
+        paired: row i of both is of the same image, as with reconstructions and their originals. The two sets are then
+            not independent, and these pairs would make the distance too small: they are left out.
+    """
     x, y = a.double(), b.double()
+    within = sum(_kernel_sum(p, p, diagonal=False) / (len(p) * (len(p) - 1)) for p in (x, y))
+    if paired:
+        return within - 2 * _kernel_sum(x, y, diagonal=False) / (len(x) * (len(x) - 1))
+    return within - 2 * _kernel_sum(x, y, diagonal=True) / (len(x) * len(y))
 
-    def kernel(p: Tensor, q: Tensor) -> Tensor:
-        return (p @ q.T / p.shape[1] + 1) ** 3
 
-    def within(p: Tensor) -> Tensor:
-        values = kernel(p, p)
-        return (values.sum() - values.diagonal().sum()) / (len(p) * (len(p) - 1))
-
-    return float(within(x) + within(y) - 2 * kernel(x, y).mean())
+def _kernel_sum(x: Tensor, y: Tensor, *, diagonal: bool) -> float:
+    """The sum of (x_i y_j / D + 1)^3, with or without i = j, a block of rows at a time."""
+    total = 0.0
+    for start in range(0, len(x), 1024):
+        values = (x[start : start + 1024] @ y.T / x.shape[1] + 1) ** 3
+        total += float(values.sum())
+        if not diagonal:
+            total -= float(values[:, start:].diagonal().sum())
+    return total

@@ -28,7 +28,7 @@ class Progress:
             self.said = now
             rate = self.done / max(now - self.began, 1e-9)
             self.say(
-                f"{self.name}: {self.done} of {self.total}, {rate:.2g} images/s, "
+                f"{self.name}: {self.done} of {self.total}, {rate:.2f} images/s, "
                 f"{(self.total - self.done) / rate:.0f} s left"
             )
 

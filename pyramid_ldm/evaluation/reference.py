@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.data.images import UnreadableImage, to_tensor
+from pyramid_ldm.data.images import ImageFile, UnreadableImage, to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
@@ -24,41 +24,62 @@ class Reference:
     images: list[str]  # those that could be read
     size: tuple[int, int]  # (height, width)
     features: Tensor  # (N, 2048)
-    moments: Moments
 
     @classmethod
-    def of_images(cls, paths: Sequence[str], size: tuple[int, int], inception: Inception) -> "Reference":
-        """UserError where fewer than four can be read: a half needs two."""
+    def of_images(cls, files: Sequence[ImageFile], size: tuple[int, int], inception: Inception) -> "Reference":
+        """Ordered by content, so that halves are alike. UserError where fewer than four can be read: a half needs
+        two."""
+        paths = [file.path for file in sorted(files, key=lambda file: file.digest)]
         images, features = [], []
         for read, batch in centre_crops(paths, size, "photographs"):
             images += read
             features.append(inception(batch))
         if len(images) < 4:
             raise UserError(f"{len(images)} photographs to compare with; distances need at least four")
-        return cls(images, size, torch.cat(features), Moments.of(features))
+        return cls(images, size, torch.cat(features))
 
     def distances(self, features: Tensor) -> Distances:
-        """Frechet and kernel distance of (N, 2048) from these images. UserError with a single one."""
-        if len(features) < 2:
-            raise UserError(f"{len(features)} picture to compare; distances need at least two")
-        return {
-            "fid": frechet_distance(Moments.of([features]), self.moments),
-            "kid": kernel_distance(features, self.features),
-        }
+        """Frechet and kernel distance of (N, 2048) from all these images, which are others. UserError with a single
+        one."""
+        return distances(features, self.features)
 
-    @torch.inference_mode()
-    def reconstructed(self, autoencoder: PyramidAutoencoder, inception: Inception) -> Distances:
-        """Of these images through the autoencoder from themselves: what is left to a perfect flow."""
-        features = []
-        for _, batch in centre_crops(self.images, self.size, "reconstructions"):
-            latents = autoencoder.encode(batch.to(inception.device)).mode()
-            features.append(inception(autoencoder.decode_tiled(latents).clamp(-1, 1)))
-        return self.distances(torch.cat(features))
+    @property
+    def half(self) -> int:
+        """As many photographs as each of two equal halves holds."""
+        return len(self.images) // 2
 
-    def halves(self) -> Distances:
-        """Between two halves of the real images, to compare with; fewer images make FID larger."""
-        a, b = self.features[::2], self.features[1::2]
-        return {"fid": frechet_distance(Moments.of([a]), Moments.of([b])), "kid": kernel_distance(a, b)}
+    def floor(
+        self, count: int, inception: Inception, autoencoder: PyramidAutoencoder | None = None, *, bf16: bool = False
+    ) -> dict[str, Distances]:
+        """What to hold the distances of `count` samples against, at most `half`, from the first `count` photographs:
+        those of as many other photographs, as they are and through the autoencoder (all that a flow can reach)."""
+        target = self.features[:count]
+        found = {"photographs": distances(self.features[-count:], target)}
+        if autoencoder is not None:
+            crops = centre_crops(self.images[-count:], self.size, "reconstructions")
+            decoded = (round_trip(autoencoder, images.to(inception.device), bf16=bf16) for _, images in crops)
+            found["reconstructions"] = distances(torch.cat([inception(images) for images in decoded]), target)
+        return found
+
+
+def distances(features: Tensor, target: Tensor) -> Distances:
+    """Frechet and kernel distance of two sets of different images. UserError with a single one."""
+    if min(len(features), len(target)) < 2:
+        raise UserError("one picture to compare; distances need at least two")
+    return {
+        "fid": frechet_distance(Moments.of([features]), Moments.of([target])),
+        "kid": kernel_distance(features, target),
+    }
+
+
+@torch.inference_mode()
+def round_trip(autoencoder: PyramidAutoencoder, images: Tensor, *, bf16: bool = False) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] through the autoencoder, float32 in [-1, 1]."""
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
+        decoded = autoencoder.decode_tiled(autoencoder.encode(images).mode()).float()
+    if bf16 and not torch.isfinite(decoded).all():  # too large for bfloat16's rounding to survive
+        return round_trip(autoencoder, images)
+    return decoded.clamp(-1, 1)
 
 
 def centre_crops(paths: Sequence[str], size: tuple[int, int], what: str) -> Iterator[tuple[list[str], Tensor]]:

@@ -140,7 +140,8 @@ def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoenc
             log.say(line)
         log.say(describe(config, state, runtime, len(train_files), len(held_out_files), total))
         if state.images_seen >= total:
-            export(config, run, state, runtime)  # again: ema.export may be another one now
+            log.say(f"trained already; model/ is written again: the average of ema.export={config.ema.export}")
+            export(config, run, state, runtime)
         while state.images_seen < total and not runtime.any(stop.requested):
             before = state.images_seen
             rate = learning_rate(train, before)

@@ -117,7 +117,8 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
             log.say(line)
         log.say(describe(config, cache, state, scaling, runtime, total))
         if state.images_seen >= total:
-            export(config, run, autoencoder, scaling, state, runtime)  # again: ema.export may be another one now
+            log.say(f"trained already; model/ is written again: the average of ema.export={config.ema.export}")
+            export(config, run, autoencoder, scaling, state, runtime)
         while state.images_seen < total and not runtime.any(stop.requested):
             before = state.images_seen
             rate = learning_rate(train, before)
