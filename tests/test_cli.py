@@ -1,6 +1,8 @@
 """Wrong input gets one line and exit code 2."""
 
 import argparse
+import json
+import shutil
 
 import pytest
 from conftest import tiny_autoencoder
@@ -8,6 +10,7 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 
 from pyramid_ldm.cli import COMMANDS, encode, main, sample, train_ae, train_flow
+from pyramid_ldm.config import AutoencoderTraining, load_config, save_config
 
 ROOT = __import__("pathlib").Path(__file__).parent.parent
 
@@ -108,6 +111,20 @@ def test_a_full_disk_is_said_in_one_line(capsys, tmp_path, ae_run, photographs, 
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no space left on the disk" in last
     assert "00000.safetensors" in last
+
+
+def test_encode_holds_out_what_the_run_did_and_says_that_it_saw_crops(capsys, tmp_path, ae_run, photographs):
+    run = tmp_path / "run"
+    shutil.copytree(ae_run / "model", run / "model")
+    (run / "checkpoints").mkdir()
+    words = ["data.root=x", "data.crop=random", "data.zoom=1.5", "data.validation=0.3"]
+    save_config(load_config(AutoencoderTraining, ROOT / "autoencoder_configs/demo.yaml", words), run / "config.yaml")
+    words = ["encode", str(run), "--data", str(photographs), "--workers", "0", "--out"]
+    assert main([*words, str(tmp_path / "plain")]) == 0
+    assert "--crops 16 --zoom 1.5 gives them" in capsys.readouterr().err
+    assert json.loads((tmp_path / "plain/index.json").read_text())["plan"]["validation"] == 0.3
+    assert main([*words, str(tmp_path / "crops"), "--crops", "1"]) == 0
+    assert "random crops" not in capsys.readouterr().err
 
 
 def test_reconstruct_and_latents_write_what_they_say(capsys, tmp_path, ae_run, photographs):

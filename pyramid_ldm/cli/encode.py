@@ -30,10 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
     from pyramid_ldm.errors import UserError
-    from pyramid_ldm.training.encode import EncodeOptions, encode, held_out_share
+    from pyramid_ldm.training.encode import EncodeOptions, encode, say, trained_on
     from pyramid_ldm.training.runtime import start
 
-    validation = arguments.validation if arguments.validation is not None else held_out_share(arguments.autoencoder)
+    trained = trained_on(arguments.autoencoder)
+    validation = arguments.validation
+    if validation is None:  # so that both stages hold out the same images
+        validation = trained.validation if trained else EncodeOptions.validation
     if min(arguments.batch_size, arguments.shard_size) < 1 or arguments.crops < 0 or arguments.zoom < 1:
         raise UserError("--batch-size and --shard-size must be at least 1, --crops at least 0, --zoom at least 1")
     if not 0 <= validation < 1:
@@ -50,6 +53,10 @@ def run(arguments: argparse.Namespace) -> bool:
         workers=arguments.workers,
     )
     runtime = start(arguments.device, arguments.precision)
+    if trained and trained.crop == "random" and not arguments.crops:
+        say(
+            f"the autoencoder saw random crops; --crops 16 --zoom {trained.zoom:g} gives them to the flow, too", runtime
+        )
     out = encode(arguments.autoencoder, arguments.data, arguments.out, options, runtime)
     if runtime.main:
         print(f"done: {out}\nnext: pyramid-ldm train-flow diffusion_configs/NAME.yaml data.shards={out}")

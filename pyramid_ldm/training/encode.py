@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderTraining, load_saved
+from pyramid_ldm.config.autoencoder import ImageDataConfig
 from pyramid_ldm.data.images import ImageFile, UnreadableImage, find_images, folder_fingerprint, split_held_out
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.data.shards import INDEX, Plan, Row, check_plan, has_shard, make_record, write_index, write_shard
@@ -210,10 +211,9 @@ def say(text: str, runtime: Runtime) -> None:
         print(text, file=sys.stderr)
 
 
-def held_out_share(run: Path) -> float:
-    """`data.validation` of an autoencoder run, so that both stages hold out the same images; its default for a model
-    directory that was moved away from its run."""
+def trained_on(run: Path) -> ImageDataConfig | None:
+    """`data` of an autoencoder run; None for a model directory that was moved away from its run."""
     config = run / "config.yaml"
     if config.is_file() and (run / "checkpoints").is_dir():
-        return load_saved(AutoencoderTraining, config).data.validation
-    return EncodeOptions.validation
+        return load_saved(AutoencoderTraining, config).data
+    return None
