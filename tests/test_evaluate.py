@@ -81,7 +81,7 @@ def test_pictures_a_known_distance_away(tmp_path, inception, capsys):
     printed = capsys.readouterr().out
     assert "6 samples from 6 photographs, 32x32" in printed
     assert "in equal numbers, from 3 of the photographs:" in printed
-    assert "Fewer than 100 photographs" in printed
+    assert "With fewer than 100 photographs" in printed
     same = figures_of(tmp_path, real, "--data", real, "--inception", inception)
     assert same["of_samples"]["fid"] == pytest.approx(0, abs=1e-8)
 

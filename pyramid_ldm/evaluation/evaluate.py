@@ -27,7 +27,7 @@ from pyramid_ldm.pyramid import latent_values
 Figures = dict[str, float]  # psnr, ssim, lpips; with Inception also rfid, rkid
 Metric = Callable[[Tensor, Tensor], Tensor | float]  # LPIPS of (1, 3, H, W) and its target
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
-FEW = 100  # photographs, below which figures say little
+FEW = 100  # photographs
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def evaluate(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], s
     share = "" if how.held_out is None else f" held out at {how.held_out:g}"
     print(f"evaluate: {path} beside {len(files)} photographs of {data}{share}; {how.device}", file=sys.stderr)
     figures, text = stage(path, files, how)
-    if figures["photographs"] < FEW:
-        text += f"\nFewer than {FEW} photographs: these figures say little."
+    if how.inception is not None and figures["photographs"] < FEW:
+        text += f"\nWith fewer than {FEW} photographs, FID and KID say little."
     return {"of": str(path), "data": str(data)} | figures | how.record(), text
 
 
