@@ -27,6 +27,7 @@ def pytest_addoption(parser):
         default="cuda",
         help="where tests marked gpu run; cpu tries them, smaller, on a machine without one",
     )
+    parser.addoption("--write-goldens", action="store_true", help="write tests/golden_loops.json anew")
 
 
 @pytest.fixture
