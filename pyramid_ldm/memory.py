@@ -9,7 +9,29 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class PeakMemory(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """Sees every operation of one part that runs while the context is open."""
+
+    def watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs `func` and returns its result."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.is_inference_mode_enabled() and func.namespace == "aten":  # else it arrives in parts anyway
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return self.watch(func, args, kwargs or {})
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the compiler is told of every call otherwise, which takes longer than the rest
+
+
+class PeakMemory(Watch):
     """Bytes of every tensor storage that lives while the context is open, and their maximum.
 
     A storage counts once, however many views it has, from the first operation that reads or makes it until it is
@@ -35,16 +57,13 @@ class PeakMemory(TorchDispatchMode):
         self.peak = self.live
         return self
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = decompose(self, func, args, kwargs or {})
-        if result is NotImplemented:
-            for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
-                self._see(tensor)
-            result = func(*args, **(kwargs or {}))
-            for tensor in _tensors((result,)):
-                self._see(tensor)
+    def watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Counts what goes in and what comes out."""
+        for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
+            self._see(tensor)
+        result = func(*args, **kwargs)
+        for tensor in _tensors((result,)):
+            self._see(tensor)
         return result
 
     def _see(self, tensor: Tensor) -> None:
@@ -63,17 +82,6 @@ class PeakMemory(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.live -= self._known.pop(key)[1]
-
-
-def decompose(mode: TorchDispatchMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Runs a compound operation as its parts, each through `mode`; NotImplemented for an operation of one part.
-
-    Outside `torch.inference_mode` operations arrive in parts.
-    """
-    if not torch.is_inference_mode_enabled() or func.namespace != "aten":
-        return NotImplemented
-    with mode:
-        return func.decompose(*args, **kwargs)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

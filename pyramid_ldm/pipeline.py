@@ -1,5 +1,6 @@
 """From noise to images: what `pyramid-ldm sample` and a notebook use."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.config import AutoencoderConfig, FlowConfig
 from pyramid_ldm.data.images import to_pil
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json, sha256, write_json
@@ -18,10 +20,11 @@ from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.flow.samplers import Progress, Solution, dopri5, euler, rk45
 from pyramid_ldm.nn.layers import to_bfloat16
+from pyramid_ldm.ownership import claim
 from pyramid_ldm.pyramid import LatentScaling, Pyramid, pyramid_noise
-from pyramid_ldm.serialization import resolve_model_directory
+from pyramid_ldm.serialization import Stored, assemble, read_model, read_stored
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "pipeline.json"
 SOLVERS = ("rk45", "euler", "dopri5")  # dopri5: torchdiffeq's, one step size for a batch
 TILE = {"cpu": 512}  # what its caches like; other devices decode a 2K image whole
@@ -39,7 +42,8 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class SolverOptions:
-    """How the flow is solved. `steps` is Euler's; the tolerances are RK45's.
+    """How the flow is solved. `steps` is Euler's; the tolerances are RK45's. `max_nfe`: evaluations after which it
+    gives up; None: 2000, or as many as Euler's steps.
 
     bf16: whether velocities are computed in bfloat16. None: as the decoder for Euler, no for adaptive steps, which
     would take its rounding for error.
@@ -49,14 +53,39 @@ class SolverOptions:
     steps: int = 200
     rtol: float = 1e-5
     atol: float = 1e-5
-    max_nfe: int = 2_000
+    max_nfe: int | None = None
     bf16: bool | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise UserError(f"solver is {self.solver!r}; choose {' or '.join(SOLVERS)}")
-        if min(self.rtol, self.atol) <= 0 or min(self.steps, self.max_nfe) < 1:
-            raise UserError("rtol and atol must be above 0, steps and max_nfe at least 1")
+        if not (0 < self.rtol < math.inf and 0 < self.atol < math.inf):
+            raise UserError(f"rtol is {self.rtol:g}, atol {self.atol:g}; both must be finite and above 0")
+        if min(self.steps, self.most) < 1:
+            raise UserError(f"steps is {self.steps}, max_nfe {self.most}; both must be at least 1")
+        if self.solver == "euler" and self.most < self.steps:
+            raise UserError(
+                f"Euler with --steps {self.steps} takes {self.steps} evaluations, more than --max-nfe {self.most}; "
+                f"lower the one or raise the other"
+            )
+
+    @property
+    def most(self) -> int:
+        """`max_nfe`, or what stands for None."""
+        return self.max_nfe if self.max_nfe is not None else max(2_000, self.steps if self.solver == "euler" else 0)
+
+    def record(self, bf16: bool) -> dict[str, object]:
+        """What a sample depends on besides its noise and the networks; `bf16`: of the decoder."""
+        flow = self.flow_in_bf16(bf16)
+        how: dict[str, object] = {"steps": self.steps} if self.solver == "euler" else {
+            "rtol": self.rtol, "atol": self.atol
+        }  # fmt: skip
+        words = {True: "bf16", False: "fp32"}
+        return {"solver": self.solver, **how, "precision": f"flow {words[flow]}, decoder {words[bf16]}"}
+
+    def flow_in_bf16(self, bf16: bool) -> bool:
+        """Whether velocities are computed in bfloat16, where the decoder is or is not."""
+        return self.bf16 if self.bf16 is not None else bf16 and self.solver == "euler"
 
 
 class PyramidPipeline:
@@ -117,7 +146,7 @@ class PyramidPipeline:
         steps: int = 200,
         rtol: float = 1e-5,
         atol: float = 1e-5,
-        max_nfe: int = 2_000,
+        max_nfe: int | None = None,
         batch_size: int = 8,
         bf16: bool = False,
     ) -> PipelineOutput:
@@ -173,8 +202,7 @@ class PyramidPipeline:
         """Scaled latents at t = 1 from noise at t = eps. A compiled network always sees at least `rows` samples."""
         noise = tuple(level.to(self.device) for level in noise)
         rows = max(rows, noise[0].shape[0])
-        adaptive = options.solver != "euler"
-        flow_bf16 = options.bf16 if options.bf16 is not None else bf16 and not adaptive
+        flow_bf16 = options.flow_in_bf16(bf16)
         network = self._network("flow", flow_bf16)
 
         def velocity(latents: Pyramid, t: Tensor) -> Pyramid:
@@ -186,9 +214,8 @@ class PyramidPipeline:
                 result: Pyramid = network(latents, t)
             return tuple(level[:present] for level in result)
 
-        common: dict[str, Any] = {"eps": self.objective.eps, "max_nfe": options.max_nfe, "progress": progress}
-        if not adaptive:
-            common["max_nfe"] = max(options.max_nfe, options.steps)
+        common: dict[str, Any] = {"eps": self.objective.eps, "max_nfe": options.most, "progress": progress}
+        if options.solver == "euler":
             field = self.objective.field(velocity, options.steps)
             return euler(field, noise, steps=options.steps, **common)
         field = self.objective.field(velocity)
@@ -211,10 +238,18 @@ class PyramidPipeline:
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes `flow/`, `autoencoder/` and `pipeline.json`: a directory that can be moved alone."""
         directory = Path(directory)
+        claim(directory, "model", "directory")
         self.flow.save_pretrained(directory / "flow")
         self.autoencoder.save_pretrained(directory / "autoencoder")
-        manifest = {"format": FORMAT, "rectified_flow": asdict(self.objective), "scaling": asdict(self.scaling)}
-        write_json(directory / MANIFEST, manifest)
+        write_json(
+            directory / MANIFEST,
+            {
+                "format": FORMAT,
+                "kind": "pipeline",
+                "rectified_flow": asdict(self.objective),
+                "scaling": self.scaling.to_dict(),
+            },
+        )
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
@@ -222,26 +257,35 @@ class PyramidPipeline:
 
         Raises UserError where something is missing or does not fit.
         """
-        home = resolve_model_directory(Path(directory), "train-flow", MANIFEST)
-        manifest = read_json(home / MANIFEST, "copy the model directory whole")
-        if manifest.get("format") not in (1, FORMAT):
+        home = Path(directory)
+        manifest, stored_flow, stored_autoencoder, checkpoint = read_model(home, "train-flow", _read, MANIFEST)
+        number = manifest.get("format") if isinstance(manifest, dict) else None
+        if not isinstance(number, int):
+            raise UserError(f"{home}: {MANIFEST} is damaged; export the model again or copy it whole")
+        if number not in range(1, FORMAT + 1):
             raise UserError(
-                f"{home / MANIFEST}: format {manifest.get('format')}, this version reads 1 and {FORMAT}; "
-                f"install the version that wrote it"
+                f"{home}: {MANIFEST} has format {number}, this version reads 1 to {FORMAT}; install a newer one"
             )
-        objective = manifest.get("rectified_flow", {"eps": manifest.get("eps")})  # format 1 has eps alone
-        flow = PyramidNCSNpp.from_pretrained(home / "flow")
-        autoencoder = PyramidAutoencoder.from_pretrained(home / "autoencoder")
+        try:
+            objective = manifest.get("rectified_flow", {"eps": manifest.get("eps")})  # format 1 has eps alone
+            scaling, flow_objective = LatentScaling.from_dict(manifest["scaling"]), RectifiedFlow(**objective)
+        except (KeyError, TypeError):
+            raise UserError(f"{home}: {MANIFEST} is damaged; export the model again or copy it whole") from None
+        flow = assemble(stored_flow, PyramidNCSNpp)
+        autoencoder = assemble(stored_autoencoder, PyramidAutoencoder)
         if flow.levels != autoencoder.levels:
             raise UserError(f"{home}: the flow's levels {flow.levels} are not the autoencoder's {autoencoder.levels}")
-        scaling = manifest["scaling"]
-        return cls(
-            flow,
-            autoencoder,
-            LatentScaling(*(tuple(tuple(level) for level in scaling[key]) for key in ("mean", "std"))),
-            RectifiedFlow(**objective),
-            checkpoint=sha256(home / "flow" / "model.safetensors")[:16],
-        )
+        return cls(flow, autoencoder, scaling, flow_objective, checkpoint=checkpoint)
+
+
+def _read(home: Path) -> tuple[Any, Stored, Stored, str]:
+    """All that a pipeline is made of, before anything is made."""
+    return (
+        read_json(home / MANIFEST, "copy the model directory whole"),
+        read_stored(home / "flow", FlowConfig),
+        read_stored(home / "autoencoder", AutoencoderConfig),
+        sha256(home / "flow" / "model.safetensors")[:16],
+    )
 
 
 def _fill(rows: Tensor, count: int) -> Tensor:

@@ -5,7 +5,7 @@ works as a 2048x2048 one does (PDM section 3.3).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,6 +93,15 @@ class LatentScaling:
     def unscale(self, scaled: Pyramid) -> Pyramid:
         """The flow's space back to raw latents; shapes unchanged."""
         return tuple(z * self._row(s, z) + self._row(m, z) for z, m, s in zip(scaled, self.mean, self.std, strict=True))
+
+    def to_dict(self) -> dict[str, list[list[float]]]:
+        """Plain lists, for JSON."""
+        return {"mean": [list(level) for level in self.mean], "std": [list(level) for level in self.std]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Sequence[Sequence[float]]]) -> "LatentScaling":
+        """The inverse."""
+        return cls(*(tuple(tuple(level) for level in values[name]) for name in ("mean", "std")))
 
     @staticmethod
     def _row(values: tuple[float, ...], like: Tensor) -> Tensor:

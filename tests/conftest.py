@@ -1,6 +1,9 @@
 """Tiny models and photographs that many tests share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,8 @@ from pyramid_ldm.training.runtime import Runtime
 
 torch.set_num_threads(1)  # what tests compute is too small for two
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pyramid-ldm-tests-")  # hashes of tests' files
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_addoption(parser):
@@ -28,6 +33,11 @@ def pytest_addoption(parser):
         help="where tests marked gpu run; cpu tries them, smaller, on a machine without one",
     )
     parser.addoption("--write-goldens", action="store_true", help="write tests/golden_loops.json anew")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest file first: nobody waits for it at the end when several processes share the tests."""
+    items.sort(key=lambda item: item.path.stem != "test_training")
 
 
 @pytest.fixture

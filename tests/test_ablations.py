@@ -59,6 +59,7 @@ class Colours:
         return images.mean(dim=(2, 3))
 
 
+@pytest.mark.tools
 def test_ablations_of_the_flow_train_judge_and_go_on(tmp_path, finished, photographs, monkeypatch, capsys):
     words = ["ablate", "flow", "--shards", str(finished), "--reference", str(photographs), "--inception", "none.pt",
              "--out", str(tmp_path / "out"), "--rows", "default", "time logit-normal", "--images", "4",
@@ -106,7 +107,7 @@ def test_every_switch_that_is_documented_is_a_key():
 @pytest.mark.parametrize("path", sorted((ROOT / "autoencoder_configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configs_named_after_the_papers_data_sets_keep_its_choices(path):
     config = load_config(AutoencoderTraining, path, ["data.root=x"])
-    papers = path.stem not in ("demo", "photographs_256")
+    papers = path.stem not in ("demo", "demo_vq", "photographs_256")
     assert config.model.encoder.image_patch == (1 if papers else 4)
     assert config.model.decoder.branch_blocks == (2 if papers else 1)
     assert config.model.encoder.spectral_norm

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.files import recover_directory, replace_directory, write_atomic, write_json, write_text
+from pyramid_ldm.files import write_atomic, write_json, write_text
+from pyramid_ldm.ownership import held, replace_directory
 from pyramid_ldm.training.checkpoint import checkpoint_directories, load_newest, prune, save_checkpoint
 from pyramid_ldm.training.runtime import Runtime
 
@@ -87,7 +88,7 @@ def damage(directory, kind):
     elif kind == "no manifest":
         manifest.unlink()
     else:
-        manifest.write_text('{"format": 1')
+        manifest.write_text('{"format": 2')
 
 
 KINDS = {
@@ -123,66 +124,37 @@ def test_another_format_is_refused_rather_than_passed_over(tmp_path):
     fill(tmp_path, 10, 20)
     manifest = tmp_path / "checkpoints" / "00000020" / "manifest.json"
     write_json(manifest, json.loads(manifest.read_text()) | {"format": 7})
-    with pytest.raises(UserError, match="checkpoint format 7, this version reads 1"):
+    with pytest.raises(UserError, match="checkpoint format 7, this version reads 2"):
         load_newest(tmp_path)
 
 
-def test_leftovers_of_a_killed_save_are_ignored(tmp_path):
+def test_leftovers_of_a_killed_save_are_ignored_and_cleaned_up(tmp_path):
     fill(tmp_path, 10)
-    leftover = tmp_path / "checkpoints" / ".00000020.tmp"
+    leftover = tmp_path / "checkpoints" / ".00000020.4711.tmp"
     leftover.mkdir()
+    write_json(leftover / "pyramid_ldm.json", {"format": 1, "kind": "checkpoint"})
     (leftover / "state.pt").write_bytes(b"half")
     assert load_newest(tmp_path)[0]["images_seen"] == 10
-    fill(tmp_path, 20)
+    with held(tmp_path):
+        assert not leftover.exists()
+
+
+def test_the_newest_is_known_by_its_number_whatever_its_digits(tmp_path):
+    """From 100,000,000 images on, names have nine digits."""
+    fill(tmp_path, 99_000_000, 100_000_000)
+    assert load_newest(tmp_path)[0]["images_seen"] == 100_000_000
+    fill(tmp_path, 101_000_000)
+    prune(tmp_path, keep_last=2, keep_every=0)
+    assert names(tmp_path) == [100_000_000, 101_000_000]
+
+
+def test_somebody_elses_folders_are_no_checkpoints_of_ours(tmp_path):
+    fill(tmp_path, 10, 20)
+    (tmp_path / "checkpoints" / "99999999").mkdir()
+    (tmp_path / "checkpoints" / "99999999" / "thesis.txt").write_text("mine")
+    prune(tmp_path, keep_last=1, keep_every=0)
+    assert names(tmp_path) == [20, 99999999]
     assert load_newest(tmp_path)[0]["images_seen"] == 20
-    assert not leftover.exists()
-
-
-def test_a_directory_is_replaced_whole(tmp_path):
-    target = tmp_path / "model"
-    replace_directory(target, lambda path: write_text(path / "old", "1"))
-    replace_directory(target, lambda path: write_text(path / "inner" / "new", "2"))
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
-        "model", "model/inner", "model/inner/new",
-    ]  # fmt: skip
-
-
-def test_a_directory_survives_a_writer_that_fails(tmp_path):
-    target = tmp_path / "model"
-    replace_directory(target, lambda path: write_text(path / "old", "1"))
-
-    def fail(path):
-        write_text(path / "new", "2")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        replace_directory(target, fail)
-    assert [path.name for path in target.iterdir()] == ["old"]
-
-
-def test_a_replacement_killed_between_its_renames_is_undone(tmp_path):
-    target, previous = tmp_path / "model", tmp_path / ".model.previous"
-    previous.mkdir()
-    (previous / "weights").write_text("1")
-    recover_directory(target)
-    assert (target / "weights").read_text() == "1"
-    assert not previous.exists()
-
-
-def test_a_replacement_killed_after_its_renames_stands(tmp_path):
-    for name, text in (("model", "new"), (".model.previous", "old")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "weights").write_text(text)
-    recover_directory(tmp_path / "model")
-    assert (tmp_path / "model" / "weights").read_text() == "new"
-    assert not (tmp_path / ".model.previous").exists()
-
-
-def test_replacing_after_a_kill_between_the_renames_works(tmp_path):
-    (tmp_path / ".model.previous").mkdir()
-    replace_directory(tmp_path / "model", lambda path: write_text(path / "weights", "new"))
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (tmp_path / "model" / "weights").read_text() == "new"
 
 
 def test_a_writer_that_fails_leaves_the_file_and_nothing_else(tmp_path):
@@ -207,7 +179,7 @@ def test_a_full_disk_is_an_oserror_whatever_the_writer_raises(tmp_path, monkeypa
     def fail(_):
         raise error
 
-    for write in (write_atomic, replace_directory):
+    for write in (write_atomic, lambda path, fail: replace_directory(path, "model", fail)):
         if isinstance(error, RuntimeError):
             with pytest.raises(RuntimeError, match="unexpected pos"):
                 write(tmp_path / "x", fail)

@@ -15,6 +15,9 @@ from pyramid_ldm.config import (
     load_saved,
     save_config,
 )
+from pyramid_ldm.config.autoencoder import EncoderConfig
+from pyramid_ldm.config.base import differences, to_yaml
+from pyramid_ldm.config.schema import element, leaves, optional
 
 ROOT = Path(__file__).parent.parent
 AUTOENCODER = """
@@ -62,6 +65,33 @@ def test_values_come_from_the_file_then_from_arguments_then_from_defaults(load):
     assert load("train.images=7", "train.images=8").train.images == 8, "the last one counts"
 
 
+def test_text_is_taken_as_it_is_and_numbers_are_decimal(load):
+    """YAML makes 8 of 0010, 4096 of 010000, and sees a comment after ' #'."""
+    literal = ["set #2", "0010", "a: b", "[1, 2]", "null", "true", "1e3", " x ", "'quoted'", "${run_dir}", "é\\$"]
+    for text in literal:
+        config = load(f"data.root={text}", f"run_dir={text}")
+        assert (config.data.root, config.run_dir) == (text, text)
+    assert load("train.images=010000").train.images == 10_000
+    assert load("train.images=1_000").train.images == 1_000
+    assert load("train.images=2e3").train.images == 2_000
+    assert load("train.learning_rate=010").train.learning_rate == 10
+    in_a_file = AUTOENCODER.replace("runs/a", "0010") + "train: {images: 010_000, learning_rate: 1e-5}\n"
+    config = load(text=in_a_file)
+    assert (config.run_dir, config.train.images, config.train.learning_rate) == ("0010", 10_000, 1e-5)
+    assert load(text=AUTOENCODER.replace("runs/a", "runs/${image_size[0]}")).run_dir == "runs/32"
+
+
+def test_a_leading_tilde_is_the_users_home(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load("data.root=~/photos", "run_dir=~/runs/a", "loss.perceptual.weights=~/vgg.pth")
+    assert config.data.root == "/home/me/photos"
+    assert (config.run_dir, config.loss.perceptual.weights) == ("/home/me/runs/a", "/home/me/vgg.pth")
+
+
+def test_a_key_that_stands_twice_is_refused(refusal):
+    assert "the key run_dir stands twice" in refusal(text=AUTOENCODER + "run_dir: other\n")
+
+
 def test_attention_factors_are_resolved_from_the_image_size(load):
     # 32x64 has 2048 positions, then 512, 128, 32, 8
     assert load("model.attention.max_tokens=128").model.attention.factors == [4, 8, 16]
@@ -105,13 +135,13 @@ def test_a_key_like_no_other_suggests_nothing(refusal):
 )
 def test_a_wrong_type_names_key_and_value(refusal, key, value):
     message = refusal(f"{key}={value}")
-    assert message.startswith(f"{key}={value}: {key}: ")
+    assert message.startswith(f"{key}={value}: {key} is ")
     assert f"'{value}'" in message
 
 
 def test_a_wrong_type_in_the_file_names_file_key_and_value(refusal):
     message = refusal(text=AUTOENCODER + "train: {images: many}\n")
-    assert "config.yaml: train.images: " in message
+    assert "config.yaml: train.images is " in message
     assert "'many'" in message
 
 
@@ -123,7 +153,7 @@ def test_a_value_of_the_wrong_shape_is_one_line(refusal, override):
 
 
 def test_an_interpolation_that_leads_nowhere_names_its_key(refusal):
-    message = refusal("run_dir=${nowhere}")
+    message = refusal(text=AUTOENCODER.replace("runs/a", "${nowhere}"))
     assert "run_dir: " in message
     assert "nowhere" in message
 
@@ -149,7 +179,7 @@ def test_a_list_at_the_top_is_explained(refusal):
 
 
 def test_bad_yaml_in_an_override_is_one_line(refusal):
-    assert refusal("train.images=[1").startswith("'train.images=[1': ")
+    assert refusal("train.images=[1").startswith("train.images=[1: ")
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -201,11 +231,11 @@ def test_choices_of_the_flow_are_listed(refusal, override, choices):
         ("train.learning_rate=0", "train.learning_rate is 0"),
         ("checkpoint.every=0", "checkpoint.every is 0"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
-        ("log.every=0", "log.*: every value"),
+        ("log.every=0", "log.every is 0; it must be at least 1"),
         ("data.validation=1", "data.validation is 1.0"),
         ("data.zoom=0.5", "data.zoom is 0.5"),
         ("data.zoom=2", "data.zoom needs data.crop=random"),
-        ("ema.widths=[0.3]", "ema.widths [0.3]"),
+        ("ema.widths=[0.3]", "ema.widths is [0.3]; it must be below 0.28"),
         ("ema.export=0.2", "ema.export is 0.2; choose one of ema.widths [0.05, 0.1]"),
         ("model.decoder.dropout=1", "model.decoder.dropout is 1.0"),
         ("model.decoder.coarse_init=0", "model.decoder.coarse_init is 0.0"),
@@ -226,8 +256,8 @@ def test_rules_name_key_and_value(refusal, override, fault):
     [
         ([], "model.levels is empty"),
         ([(12, 4)], "factor 12 is not a power of two"),
-        ([(0, 4)], "factor 0 is not a power of two"),
-        ([(16, 0)], "factor 16 has 0 channels"),
+        ([(0, 4)], "model.levels.factor is 0; it must be at least 1"),
+        ([(16, 0)], "model.levels.channels is 0; it must be at least 1"),
         ([(8, 4), (16, 4)], r"factors \[8, 16\] must fall from coarse to fine"),
         ([(16, 4), (16, 4)], r"factors \[16, 16\] must fall .* each once"),
         ([(64, 4), (16, 4)], r"image_size \[32, 64\]: both sides must be multiples of the coarsest factor, 64"),
@@ -248,13 +278,89 @@ def test_a_saved_model_config_loads_equal(tmp_path, config):
 
 
 def test_a_saved_training_config_loads_equal(load, tmp_path):
-    config = load("train.images=7", "loss.gan.learning_rate=1e-5", "ema.widths=[0.05, 0.2]", "run_dir='a: b'")
+    text = ["run_dir='a: b'", "data.root=a # ${b} \\${c} é"]
+    config = load("train.images=7", "loss.gan.learning_rate=1e-5", "ema.widths=[0.05, 0.2]", *text)
     save_config(config, tmp_path / "saved.yaml")
     assert load_saved(AutoencoderTraining, tmp_path / "saved.yaml") == config
     flow = load("rectified_flow.level_weights=[1, 2]", text=FLOW, schema=FlowTraining)
     save_config(flow, tmp_path / "flow.yaml")
     assert load_saved(FlowTraining, tmp_path / "flow.yaml") == flow
     assert load_saved(FlowTraining, tmp_path / "flow.yaml") != load(text=FLOW, schema=FlowTraining)
+
+
+def test_a_saved_config_says_what_it_is(load, tmp_path):
+    save_config(load(), tmp_path / "saved.yaml")
+    assert (tmp_path / "saved.yaml").read_text().startswith("format: 1\nkind: train-ae\n")
+    with pytest.raises(ConfigError, match=r"saved\.yaml: is a config of kind train-ae, not train-flow"):
+        load_config(FlowTraining, tmp_path / "saved.yaml")
+    assert load_config(AutoencoderTraining, tmp_path / "saved.yaml", ["train.images=3"]).train.images == 3
+    newer = (tmp_path / "saved.yaml").read_text().replace("format: 1", "format: 2")
+    (tmp_path / "saved.yaml").write_text(newer)
+    with pytest.raises(ConfigError, match=r"saved\.yaml: format 2, this version reads up to 1"):
+        load_saved(AutoencoderTraining, tmp_path / "saved.yaml")
+
+
+def test_an_older_models_config_means_what_it_meant(tmp_path):
+    """Saved before these keys, and before formats had numbers."""
+    lines = to_yaml(tiny_autoencoder_config()).splitlines()
+    new = ("format:", "kind:", "image_patch:", "linear_heads:", "zero_init:", "coarse_init:")
+    (tmp_path / "old.yaml").write_text("\n".join(line for line in lines if not line.strip().startswith(new)))
+    config = load_saved(AutoencoderConfig, tmp_path / "old.yaml")
+    assert (config.encoder.image_patch, config.encoder.linear_heads, config.decoder.zero_init) == (1, False, False)
+    assert (EncoderConfig().image_patch, EncoderConfig().linear_heads) == (4, True)
+
+
+@pytest.mark.parametrize("schema", [AutoencoderTraining, FlowTraining])
+def test_every_number_is_declared_with_its_bounds_and_they_hold(schema, tmp_path):
+    """Generated from the schema: nan, infinity, a word, and values just and far beyond each bound are one line."""
+    text = AUTOENCODER if schema is AutoencoderTraining else FLOW
+    (tmp_path / "config.yaml").write_text(text)
+    checked = 0
+    for leaf in leaves(schema):
+        if leaf.number is None:
+            continue
+        low = leaf.rules["at_least"] if leaf.rules["at_least"] is not None else leaf.rules["above"]
+        high = leaf.rules["at_most"] if leaf.rules["at_most"] is not None else leaf.rules["below"]
+        assert low is not None, f"{leaf.name} says not how small it may be"
+        wrong = ["nan", str(low - 1)]
+        if checked % 20 == 0:  # how text is read is not the key's; OmegaConf takes its time
+            wrong += ["inf", "-inf", "many", "1.5x", "1e400", "1" + "0" * 400, "-1000000"]
+        wrong += ["0.5"] if leaf.number is int else []
+        wrong += [str(low)] if leaf.rules["above"] is not None else []
+        wrong = wrong if high is not None or leaf.number is float else [w for w in wrong if len(w) < 400]
+        wrong += [str(high * 10 + 1)] if high is not None else []
+        wrong += [str(high)] if leaf.rules["below"] is not None else []
+        for value in wrong:
+            text = f"[{value}]" if element(optional(leaf.type)[0]) is not optional(leaf.type)[0] else value
+            with pytest.raises(ConfigError) as caught:
+                load_config(schema, tmp_path / "config.yaml", [f"{leaf.name}={text}"])
+            assert leaf.name in str(caught.value), f"{leaf.name}={text}: {caught.value}"
+            assert "\n" not in str(caught.value)
+            checked += 1
+    assert checked > 60
+
+
+def test_odd_text_is_one_line(load):
+    for name in ("data.root", "run_dir", "loss.perceptual.weights"):
+        for empty in ("", "  "):
+            with pytest.raises(ConfigError, match=f"{name} is empty; give a path"):
+                load(f"{name}={empty}")
+    with pytest.raises(ConfigError, match=r"train\.images: is nested too deeply"):
+        load(f"train.images={'[' * 3000}")
+    assert load("run_dir=~nosuchuser/run").run_dir == "~nosuchuser/run"
+
+
+def test_what_may_change_when_a_run_resumes(load):
+    """The remedies that messages name, and what is not the run: marked where they are declared."""
+    before = load()
+    free = ["train.images=9", "train.batch_size=2", "train.accumulate=2", "train.learning_rate=1e-5", "data.workers=0",
+            "data.root=x", "run_dir=y", "precision=fp32", "model.checkpoint_factors=[1]", "log.every=3", "device=cpu",
+            "checkpoint.keep_last=9", "train.regions=2", "data.max_bad_fraction=0.5", "ema.export=0.1"]  # fmt: skip
+    assert differences(before, load(*free)) == []
+    fixed = ["train.warmup=9", "train.beta1=0.5", "seed=1", "data.flip=false", "model.skip=none", "data.upscale=true",
+             "loss.gan.weight=0", "model.levels=[{factor: 16, channels: 7}, {factor: 8, channels: 4}]"]  # fmt: skip
+    for override in fixed:
+        assert [key for key, _, _ in differences(before, load(override))] == [override.split("=")[0]]
 
 
 def presets(folder):

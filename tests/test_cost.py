@@ -1,4 +1,4 @@
-"""Estimates on fake tensors against real steps, and live bytes by hand."""
+"""Estimates on tensors without values against real steps, and live bytes by hand."""
 
 import gc
 
@@ -6,28 +6,30 @@ import pytest
 import torch
 from conftest import tiny_autoencoder, tiny_autoencoder_config, tiny_flow
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
 from pyramid_ldm.config.common import TrainConfig
 from pyramid_ldm.config.flow import FlowConfig, ShardDataConfig
+from pyramid_ldm.data.latents import LatentBatch
 from pyramid_ldm.data.photographs import ImageBatch
 from pyramid_ldm.flow.rectified_flow import RectifiedFlow
-from pyramid_ldm.memory import PeakMemory
-from pyramid_ldm.training import train_autoencoder, train_flow
+from pyramid_ldm.memory import PeakMemory, Watch
+from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.budget import free_memory, remedy, verdict
 from pyramid_ldm.training.cost import (
     CPU,
-    Flops,
+    Work,
     cache_bytes,
     estimate_autoencoder,
     estimate_flow,
-    fake_tensors,
     measure_decode,
     measure_encode,
     measured,
     no_scaling,
+    without_values,
 )
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
@@ -109,9 +111,9 @@ def test_operations_arrive_whole_in_inference_mode_and_count_alike():
     x, linear = torch.randn(4, 16), nn.Linear(16, 8)
     found = []
     for context in (torch.no_grad, torch.inference_mode):
-        with context(), PeakMemory() as memory, Flops() as flops:
+        with context(), Work() as work:
             linear(x)
-        found.append((memory.peak, flops.total))
+        found.append((work.peak, work.flops))
     assert found[0] == found[1]
     assert found[0][1] == 2 * 4 * 16 * 8
 
@@ -120,23 +122,63 @@ def test_flops_are_those_of_torchs_counter():
     model, x = tiny_autoencoder().eval(), torch.randn(1, 3, 32, 32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.encode(x)
-    with fake_tensors():
+    with without_values():
         fake = tiny_autoencoder().eval()
         assert measure_encode(fake, 1, Runtime(CPU, False)).flops == counter.get_total_flops()
+
+
+class Operations(Watch):
+    """Every operation, with shapes, strides and types of what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def watch(self, func, args, kwargs):
+        result = func(*args, **kwargs)
+        self.seen.append(
+            (str(func), [describe(leaf) for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)])
+        )
+        return result
+
+
+def describe(tensor):
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return tuple(tensor.shape), strides, tensor.dtype
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_without_values_the_same_operations_give_the_same_shapes(training):
+    def run():
+        model = tiny_autoencoder().to(memory_format=torch.channels_last)
+        images = torch.zeros(2, 3, 32, 32).to(memory_format=torch.channels_last)
+        noise = tuple(torch.zeros(2, *shape) for shape in [(6, 2, 2), (4, 4, 4)])
+        with Operations() as operations, torch.set_grad_enabled(training):
+            if training:
+                output = model(images, noise)
+                (output.reconstruction.abs().mean() + output.posterior.kl()).backward()
+            else:
+                model.eval().decode(model.eval().encode(images).mode())
+        return operations.seen
+
+    real = run()
+    with without_values():
+        assert run() == real
+    assert len(real) > 200
 
 
 def real_autoencoder_step(config, runtime):
     """Peak bytes of the second step."""
     with PeakMemory() as memory:
-        state = train_autoencoder.build_state(config, CPU)
+        state = autoencoder_state.build_state(config, CPU)
         state.images_seen, state.loss.adaptive.value = 10**6, 1.0
         for _ in range(2):
             gc.collect()
             memory.restart()
             for _ in range(config.train.accumulate):
-                images = torch.rand(config.train.batch_size, 3, *config.image_size)
-                batch = ImageBatch(images, list(range(len(images))), [], [])
-                train_autoencoder.accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
+                pixels = torch.zeros(config.train.batch_size, *config.image_size, 3, dtype=torch.uint8)
+                batch = ImageBatch(pixels, list(range(len(pixels))), [])
+                autoencoder_state.accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
             take_step(state.optimizer, state.autoencoder, 1.0, runtime, Metrics(), "")
             take_step(state.disc_optimizer, state.discriminator, 0.0, runtime, Metrics(), "")
             state.loss.adaptive.finish_step(runtime.average)
@@ -158,16 +200,16 @@ def test_the_estimated_step_of_stage_one_is_the_real_one(stage_one):
 
 def test_encoding_and_decoding_take_what_they_really_take():
     runtime = Runtime(CPU, False)
-    with fake_tensors():
+    with without_values():
         fake = tiny_autoencoder(image_size=(64, 64)).eval()
         encode, decode = measure_encode(fake, 8, runtime), measure_decode(fake, runtime)
     model = tiny_autoencoder(image_size=(64, 64)).eval()
-    with measured(model) as (memory, _):
+    with measured(model) as memory:
         images = torch.empty(8, 3, 64, 64)
         latents = model.encode(images.to(memory_format=torch.channels_last)).mode()
     assert encode.peak == pytest.approx(memory.peak, rel=0.001)
     latents = tuple(level[:1].clone() for level in latents)
-    with measured(model) as (memory, _):
+    with measured(model) as memory:
         model.decode(latents)
     assert decode.peak == pytest.approx(memory.peak, rel=0.001)
 
@@ -176,14 +218,15 @@ def test_the_estimated_step_of_stage_two_is_the_real_one():
     autoencoder, runtime, config = tiny_autoencoder_config(), Runtime(CPU, False), stage_two()
     cost = estimate_flow(config, autoencoder, bf16=False)
     config.model.resolve(list(autoencoder.image_size), autoencoder.levels)
-    flow, scaling = RectifiedFlow(), no_scaling(autoencoder)
+    flow = RectifiedFlow()
     model = tiny_autoencoder()
     with PeakMemory([*model.parameters(), *model.buffers()]) as memory:
-        state = train_flow.build_state(config, CPU)
+        state = flow_state.build_state(config, CPU)
+        state.scaling = no_scaling(autoencoder)
         for _ in range(2):
-            latents, noise, time = torch.randn(8, 88), torch.randn(8, 88), torch.rand(8)
+            batch = LatentBatch(torch.randn(8, 88), torch.randn(8, 88), torch.rand(8), [])
             with runtime.autocast():
-                train_flow.accumulate(flow, state.network, scaling, state.network, latents, noise, time, 1)
+                flow_state.accumulate(flow, state.network, state, batch, 1)
             take_step(state.optimizer, state.network, 1.0, runtime, Metrics(), "")
     assert cost.step.peak == pytest.approx(memory.peak, rel=0.02)
     assert cost.parameters == sum(p.numel() for p in tiny_flow(dropout=0.2, fourier_scale=16.0).parameters())

@@ -1,15 +1,22 @@
 """The whole job through the demo, on few and small things."""
 
 import json
+from pathlib import Path
 
 from PIL import Image
 
 from pyramid_ldm.cli import demo, main
 
+ROOT = Path(__file__).parent.parent
+
 
 def test_the_demo_leaves_its_pictures_and_report_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "PHOTOGRAPHS", 40)
+    monkeypatch.setattr(demo, "PHOTOGRAPHS", 16)
     monkeypatch.setattr(demo, "SAMPLES", 4)
+    monkeypatch.setattr(demo, "STEPS", 4)
+    few = (ROOT / demo.FLOW).read_text().replace("pictures: 16", "pictures: 2") + "samples: {steps: 2}\n"
+    (tmp_path / "flow.yaml").write_text(few)
+    monkeypatch.setattr(demo, "FLOW", str(tmp_path / "flow.yaml"))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0
     said = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Weight averages, schedules and guarded steps."""
 
 import math
+import re
 from copy import deepcopy
 
 import numpy as np
@@ -165,16 +166,11 @@ def test_counts_are_rounded_up_to_whole_steps():
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_files():
     guard = NonFinite(3)
-    assert [guard.record(ok, ["x.jpg"]) for ok in (False, False, True, False, False)] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
+    assert [guard.record(ok, ["x.jpg"]) for ok in (False, False, True, False, False)] == [None] * 5
     assert (guard.count, guard.in_a_row) == (4, 2)
-    with pytest.raises(UserError, match=r"3 steps in a row.*train\.learning_rate.*: a\.jpg, b\.png"):
-        guard.record(False, ["a.jpg", "b.png"])
+    error = guard.record(False, ["a.jpg", "b.png"])
+    assert isinstance(error, UserError)
+    assert re.search(r"3 steps in a row.*train\.learning_rate.*: a\.jpg, b\.png", str(error))
 
 
 def one_step(gradient, clip=0.0):

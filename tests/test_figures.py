@@ -6,22 +6,7 @@ from PIL import Image
 
 from pyramid_ldm.evaluation.demo import nearest_neighbours
 from pyramid_ldm.evaluation.figures import comparison_grid, grid, latent_contributions, latents_sheet
-from pyramid_ldm.evaluation.metrics import bicubic, local_lipschitz, psnr, ssim
-
-
-def test_psnr_by_hand():
-    x = torch.zeros(2, 3, 4, 4)
-    y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 2.0)])
-    torch.testing.assert_close(psnr(x, y), torch.tensor([20.0, 0.0]))
-
-
-def test_ssim_is_one_for_equal_images_and_agrees_with_the_formula_for_constants():
-    x = torch.rand(1, 3, 16, 16) * 2 - 1
-    torch.testing.assert_close(ssim(x, x), torch.ones(1))
-    a, b, c1 = 0.5, -0.25, (0.01 * 2) ** 2  # constants: only the luminance term is left
-    expected = (2 * a * b + c1) / (a * a + b * b + c1)
-    found = ssim(torch.full((1, 3, 16, 16), a), torch.full((1, 3, 16, 16), b))
-    assert found.item() == pytest.approx(expected, abs=1e-3)
+from pyramid_ldm.evaluation.metrics import bicubic, local_lipschitz, psnr
 
 
 def test_grid_places_images_in_reading_order():

@@ -1,8 +1,8 @@
 """What both training loops logged and exported when they were written: a change here is a change of every training.
 
-Eight optimizer steps of two micro-batches, dropout on, averages, warm-up and a falling rate; stage one with the GAN from
-its first image to its full weight, once with KL and once with VQ. `--write-goldens` writes `golden_loops.json` anew;
-say in the commit what moved, and why.
+Eight optimizer steps of two micro-batches, dropout on, averages, warm-up and a falling rate; stage one with the GAN
+from its first image to its full weight, once with KL and once with VQ. `--write-goldens` writes `golden_loops.json`
+anew; say in the commit what moved, and why.
 
 Tolerance: where the file knows this build of PyTorch on this kind of CPU, the exported weights have to be equal bit for
 bit. Elsewhere sums run in another order, and eight Adam steps carry a last bit far: every logged figure and two numbers

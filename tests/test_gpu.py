@@ -18,20 +18,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_ldm import PyramidAutoencoder, PyramidPipeline
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
-from pyramid_ldm.data.images import find_images
+from pyramid_ldm.data.folder import find_images
+from pyramid_ldm.data.latents import LatentBatch, LatentRecords, collate_latents
+from pyramid_ldm.data.loading import load_batches
 from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images
-from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents
+from pyramid_ldm.data.shards import LatentCache
 from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.memory import PeakMemory
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pipeline import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, flatten, pyramid_noise
-from pyramid_ldm.training import train_autoencoder, train_flow
+from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.cost import estimate_autoencoder
 from pyramid_ldm.training.log import Metrics
-from pyramid_ldm.training.run import batches
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.step import take_step
+from pyramid_ldm.training.train_autoencoder import train_autoencoder
+from pyramid_ldm.training.train_flow import train_flow
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parent.parent
@@ -39,10 +42,10 @@ ALL_TERMS = ("loss.perceptual.weight=1", "loss.perceptual.weights=random", "loss
              "loss.gan.disc_warmup=0", "loss.gan.ramp=0")  # fmt: skip
 RUN = ("data.workers=1", "train.images=16", "log.pictures_every=1000", "log.pictures=1", "checkpoint.every=8")
 STAGES = {
-    1: (AutoencoderTraining, AE_CONFIG, train_autoencoder.train_autoencoder, "root",
+    1: (AutoencoderTraining, AE_CONFIG, train_autoencoder, "root",
         ("model.decoder.dropout=0", "loss.gan.start=0", "loss.gan.disc_warmup=4", "loss.gan.ramp=4",
          "train.decay=constant", "data.validation=0")),
-    2: (FlowTraining, FLOW_CONFIG, train_flow.train_flow, "shards", ("model.dropout=0", "samples.steps=2")),
+    2: (FlowTraining, FLOW_CONFIG, train_flow, "shards", ("model.dropout=0", "samples.steps=2")),
 }  # fmt: skip
 
 
@@ -98,29 +101,30 @@ class Stage:
 
 class StageOne(Stage):
     def __init__(self, config: AutoencoderTraining, runtime: Runtime) -> None:
-        state = train_autoencoder.build_state(config, runtime.device)
+        state = autoencoder_state.build_state(config, runtime.device)
         super().__init__(config, state.autoencoder, state, runtime)
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(config.train.batch_size, 3, *config.image_size, generator=generator) * 2 - 1
-        self.batch = ImageBatch(images, list(range(len(images))), [], [])
+        shape = (config.train.batch_size, *config.image_size, 3)
+        pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        self.batch = ImageBatch(pixels, list(range(len(pixels))), [])
 
     def accumulate(self):
         state, inputs = self.state, (self.batch, self.runtime)
-        return train_autoencoder.accumulate(self.config, state, state.autoencoder, state.discriminator, *inputs)
+        return autoencoder_state.accumulate(self.config, state, state.autoencoder, state.discriminator, *inputs)
 
 
 class StageTwo(Stage):
     def __init__(self, config: FlowTraining, runtime: Runtime) -> None:
-        state = train_flow.build_state(config, runtime.device)
+        state = flow_state.build_state(config, runtime.device)
         super().__init__(config, state.network, state, runtime)
         shapes = state.network.shapes
-        self.flow, self.scaling = RectifiedFlow(), no_scaling(shapes)
-        self.inputs = [flatten(pyramid_noise(shapes, 0, name, [0, 1])) for name in ("latents", "noise")]
+        self.flow, state.scaling = RectifiedFlow(), no_scaling(shapes)
+        latents, noise = (flatten(pyramid_noise(shapes, 0, name, [0, 1])) for name in ("latents", "noise"))
+        self.batch = LatentBatch(latents, noise, torch.tensor([0.2, 0.7]), [])
 
     def accumulate(self):
-        time, networks = torch.tensor([0.2, 0.7]), (self.network, self.scaling, self.network)
         with self.runtime.autocast():
-            return train_flow.accumulate(self.flow, *networks, *self.inputs, time, 1)
+            return flow_state.accumulate(self.flow, self.network, self.state, self.batch, 1)
 
 
 def no_scaling(shapes) -> LatentScaling:
@@ -279,20 +283,20 @@ def test_euler_steps_do_not_wait_for_the_device(device):
 
 
 def test_loaders_pin_memory_and_batches_travel_without_waiting(device, photographs, finished):
-    runtime, pinned = Runtime(device, True), device.type == "cuda"
+    pinned = device.type == "cuda"
     images = Photographs(find_images(photographs), Preprocessing((32, 32)), 0)
     cache = LatentCache(finished)
     records = LatentRecords(cache, cache.indices("train"), 0, "sample")
-    settings = {"start": 0, "stop": 4, "batch_size": 4, "workers": 1, "runtime": runtime}
-    batch = next(batches(images, collate_images, **settings))
-    latents, noise, time, _ = next(batches(records, collate_latents, **settings))
-    for tensor in (batch.images, latents, noise, time):
+    settings = {"workers": 1, "pin": pinned}
+    batch = next(load_batches(images, collate_images, [[0, 1, 2, 3]], **settings))
+    found = next(load_batches(records, collate_latents, [[0, 1, 2, 3]], **settings))
+    for tensor in (batch.pixels, found.latents, found.noise, found.uniform):
         assert tensor.is_pinned() == pinned
         with no_synchronisation(device):
             tensor.to(device, non_blocking=True)
     with no_synchronisation(device):
-        moved = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    assert torch.equal(moved.cpu(), batch.images)
+        moved = batch.images(device)
+    assert torch.equal(moved.cpu(), batch.images(torch.device("cpu")))
 
 
 def train(number: int, folder: Path, data: Path, device, *overrides: str) -> dict[int, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.tools
 TOOL = Path(__file__).parent.parent / "tools" / "gpu_check.py"
 sys.path.insert(0, str(TOOL.parent))
 

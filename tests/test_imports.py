@@ -11,7 +11,7 @@ import pyramid_ldm
 PACKAGE = Path(pyramid_ldm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a part may import beside itself. A part is a folder of the package, or a module at its top.
-BASE = {"errors", "files", "randomness", "pyramid", "memory", "allocator"}
+BASE = {"errors", "files", "ownership", "pictures", "randomness", "pyramid", "memory", "allocator"}
 ALLOWED = {
     "config": set(),
     "nn": set(),
@@ -19,16 +19,19 @@ ALLOWED = {
     "randomness": set(),
     "allocator": set(),
     "memory": set(),
+    "shapes": {"memory"},
     "files": {"errors"},
+    "ownership": {"errors", "files"},
+    "pictures": {"errors", "files"},
     "pyramid": {"errors", "randomness"},
-    "serialization": {"config", "errors", "files", "nn"},
+    "serialization": {"config", "errors", "ownership", "nn"},
     "autoencoder": BASE | {"config", "nn", "serialization"},
     "flow": BASE | {"config", "nn", "serialization"},
     "data": BASE | {"config"},
     "pipeline": BASE | {"config", "nn", "serialization", "autoencoder", "flow", "data"},
     "evaluation": BASE | {"config", "nn", "serialization", "autoencoder", "flow", "data", "pipeline"},
     "training": BASE
-    | {"__init__", "config", "nn", "serialization", "autoencoder", "flow", "data", "pipeline", "evaluation"},
+    | {"__init__", "shapes", "config", "nn", "serialization", "autoencoder", "flow", "data", "pipeline", "evaluation"},
 }
 PARTS = [*ALLOWED, "cli", "__init__", "__main__"]
 

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from conftest import CPU, OPTIONS, WIDTH
 
+from pyramid_ldm.data.latents import LatentRecords, collate_latents
 from pyramid_ldm.data.order import item_at
-from pyramid_ldm.data.photographs import load_crop
-from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents
+from pyramid_ldm.data.photographs import load_pixels
+from pyramid_ldm.data.shards import LatentCache
 from pyramid_ldm.randomness import generator
 from pyramid_ldm.training import encode as encoding
 from pyramid_ldm.training.encode import encode
@@ -27,9 +28,12 @@ def test_items_depend_on_seed_and_position_alone(finished):
     other = LatentRecords(cache, rows, seed=5, posterior="sample")
     assert not any(torch.equal(other[p][1], forwards[p][1]) for p in range(30))
     batch = collate_latents(forwards[10:14])
-    assert batch[0].shape == batch[1].shape == (4, WIDTH)
-    assert batch[2].shape == (4,)
-    assert batch[3] == [10, 11, 12, 13]
+    assert batch.latents.shape == batch.noise.shape == (4, WIDTH)
+    assert batch.uniform.shape == (4,)
+    assert batch.positions == [10, 11, 12, 13]
+    copy = pickle.loads(pickle.dumps(batch))  # as it comes from a worker
+    assert torch.equal(copy.latents, batch.latents)
+    assert torch.equal(copy.noise, batch.noise)
 
 
 def test_the_latents_drawn_are_mean_plus_deviation_times_noise(finished):
@@ -71,7 +75,7 @@ def test_a_pickled_cache_holds_paths_not_records(finished):
     """What a loader's worker gets where processes are spawned, not forked."""
     cache = LatentCache(finished)
     copy = pickle.loads(pickle.dumps(cache))
-    assert copy.shards == [None] * len(cache.shards)
+    assert not any(record.tobytes() in pickle.dumps(cache) for record in (cache.read(3).numpy(),))
     assert torch.equal(copy.read(3), cache.read(3))
 
 
@@ -79,6 +83,11 @@ def test_a_photograph_is_decoded_once_for_its_plain_and_its_mirrored_record(
     autoencoder_directory, photographs, tmp_path, monkeypatch
 ):
     loaded = []
-    monkeypatch.setattr(encoding, "load_crop", lambda path, *a, **k: loaded.append(path) or load_crop(path, *a, **k))
+
+    def load(path, *rest, **options):
+        loaded.append(path)
+        return load_pixels(path, *rest, **options)
+
+    monkeypatch.setattr(encoding, "load_pixels", load)
     encode(autoencoder_directory, photographs, tmp_path / "shards", OPTIONS, CPU)
     assert sorted(loaded) == sorted(str(path) for path in photographs.iterdir())

@@ -1,10 +1,13 @@
+import multiprocessing
+
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from pyramid_ldm.data.images import ImageFile, find_images
+from pyramid_ldm.data import loading
+from pyramid_ldm.data.folder import ImageFile, find_images
+from pyramid_ldm.data.loading import load_batches
 from pyramid_ldm.data.order import PositionSampler, item_at
-from pyramid_ldm.data.photographs import Photographs, Preprocessing, collate_images, load_crop
+from pyramid_ldm.data.photographs import Photographs, Preprocessing, collate_images, load_crop, load_pixels
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.pyramid import pyramid_noise
 from pyramid_ldm.randomness import derive_seed, generator, normal, uniform
@@ -53,24 +56,19 @@ def dataset(photographs):
     return Photographs(find_images(photographs), RANDOM, seed=3)
 
 
-def read(dataset, workers, start=0, **kwargs):
-    loader = DataLoader(
-        dataset,
-        batch_sampler=PositionSampler(start=start, stop=24, batch_size=4),
-        num_workers=workers,
-        collate_fn=collate_images,
-        **kwargs,
-    )
-    batches = list(loader)
+def read(dataset, workers, start=0):
+    sampler = PositionSampler(start=start, stop=24, batch_size=4)
+    batches = list(load_batches(dataset, collate_images, sampler, workers=workers))
     positions = [p for batch in batches for p in batch.positions]
-    return positions, torch.cat([b.images for b in batches]), [f for b in batches for f in b.files]
+    return positions, torch.cat([b.pixels for b in batches]), [f for b in batches for f in b.files]
 
 
-@pytest.mark.parametrize("kwargs", [{"workers": 2}, {"workers": 1, "multiprocessing_context": "spawn"}])
-def test_workers_change_nothing(dataset, kwargs):
+@pytest.mark.parametrize(("workers", "method"), [(2, "fork"), (5, "fork"), (1, "spawn")])
+def test_workers_change_nothing(dataset, workers, method, monkeypatch):
+    monkeypatch.setattr(loading, "multiprocessing", multiprocessing.get_context(method))
     positions, images, files = read(dataset, 0)
     assert positions == list(range(24))
-    other_positions, other_images, other_files = read(dataset, **kwargs)
+    other_positions, other_images, other_files = read(dataset, workers)
     assert (other_positions, other_files) == (positions, files)
     assert torch.equal(images, other_images)
 
@@ -92,7 +90,7 @@ def test_positions_and_seeds_see_different_crops(photographs):
 
 def test_centre_crops_are_mirrored_half_of_the_time(photographs):
     files = find_images(photographs)[:1]
-    plain = load_crop(files[0].path, (32, 32), zoom=1.0, top=0.5, left=0.5)
+    plain = load_pixels(files[0].path, (32, 32), (1.0, 0.5, 0.5))
     unflipped = Photographs(files, Preprocessing((32, 32), flip=False), seed=0)
     assert all(torch.equal(unflipped[p][0], plain) for p in range(4))
     flipped = Photographs(files, Preprocessing((32, 32), flip=True), seed=0)
@@ -110,11 +108,35 @@ def test_an_unreadable_file_is_replaced_by_the_next_and_reported(photographs, tm
     batch = collate_images(items)
     at = next(p for p in range(3) if item_at(p, 3, 0) == 1)
     assert batch.files[at] == files[2].path
-    assert len(batch.unreadable) == 1
-    assert str(broken) in batch.unreadable[0]
-    assert items[at][3] == batch.unreadable
+    (bad,) = batch.bad
+    assert str(broken) in bad.message
+    assert (bad.digest, bad.of_content) == ("0", True)
+    assert items[at][3] == batch.bad
     others = [p for p in range(3) if p != at]
     assert sorted(batch.files[p] for p in others) == [files[0].path, files[2].path]
+
+
+def test_a_file_known_to_be_bad_is_not_tried_again_and_moves_no_other(photographs, tmp_path):
+    files = find_images(photographs)[:3]
+    (tmp_path / "broken.png").write_text("no image")
+    mixed = [files[0], ImageFile(str(tmp_path / "broken.png"), "0"), files[2]]
+    removed = [files[0], ImageFile("", "0"), files[2]]
+    found, known = Photographs(mixed, RANDOM, seed=0), Photographs(removed, RANDOM, seed=0, known_bad={"0"})
+    for p in range(6):
+        assert torch.equal(found[p][0], known[p][0])
+        assert found[p][2] == known[p][2]
+        assert known[p][3] == []
+
+
+def test_what_a_batch_holds_are_the_photographs(photographs):
+    """uint8 on the way, [-1, 1] on the device, channels last."""
+    files = find_images(photographs)[:4]
+    dataset = Photographs(files, Preprocessing((32, 32), flip=False), seed=0)
+    batch = collate_images([dataset[p] for p in range(4)])
+    images = batch.images(torch.device("cpu"))
+    assert batch.pixels.dtype == torch.uint8
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, torch.stack([load_crop(path, (32, 32)) for path in batch.files]))
 
 
 def test_the_last_file_is_replaced_by_the_first(photographs, tmp_path):

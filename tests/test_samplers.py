@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from pyramid_ldm.flow import dormand_prince
 from pyramid_ldm.flow.samplers import SamplerError, dopri5, euler, rk45
 from pyramid_ldm.pyramid import flatten
 
@@ -59,6 +60,29 @@ def test_rk45_never_asks_beyond_the_end_even_for_a_field_that_invites_large_step
     velocity = Recorded(lambda z, t: torch.zeros_like(z))
     rk45(velocity, pyramid())
     assert max(velocity.times) <= 1
+
+
+@pytest.mark.parametrize("left", [1e-12, 1e-9, 5e-8, 1e-7, 4e-7, 2e-3])
+def test_whatever_a_step_leaves_of_the_way_is_gone(left):
+    """The first step is 0.01 long; where it would end a little before the end, float32 could not make the next."""
+    constant = lambda states, times, derivative: derivative.fill_(2.0)  # noqa: E731
+    end = 0.25 + 0.01 + left
+    found, counts = dormand_prince.solve(constant, torch.zeros(1, 3), 0.25, end, rtol=1e-5, atol=1e-5, parts=[3])
+    assert found == pytest.approx(torch.full((1, 3), 2 * (0.01 + left)).numpy(), rel=1e-5)
+    assert counts == [1 + 6 * (2 if left > 1e-3 else 1)]
+
+
+def test_a_level_of_one_value_has_a_say_of_its_own():
+    """The error is the largest over levels, not their mean: a hundred quiet levels do not hide one that swings."""
+
+    def velocity(latents, t):
+        swing = torch.cos(60 * t).view(-1, 1, 1, 1)
+        return (swing * torch.ones_like(latents[0]), *(torch.zeros_like(z) for z in latents[1:]))
+
+    noise = tuple(torch.zeros(1, 1, 1, 1) for _ in range(100))
+    alone, among = rk45(velocity, noise[:1], rtol=1e-4, atol=1e-4), rk45(velocity, noise, rtol=1e-4, atol=1e-4)
+    assert among.sample_nfe == alone.sample_nfe
+    assert among.latents[0].item() == pytest.approx(alone.latents[0].item(), rel=1e-3)
 
 
 def stiffness_as_a_latent(latents, t):

@@ -13,10 +13,12 @@ from conftest import CPU, OPTIONS, SIZES, WIDTH, lively_autoencoder
 from safetensors.torch import load_file
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.data.images import find_images, split_held_out
+from pyramid_ldm.data.folder import find_images, split_held_out
+from pyramid_ldm.data.latents import LatentRecords
 from pyramid_ldm.data.photographs import load_crop
-from pyramid_ldm.data.shards import LatentCache, LatentRecords, split_record, write_shard
+from pyramid_ldm.data.shards import LatentCache, split_record, write_shard
 from pyramid_ldm.errors import UserError
+from pyramid_ldm.ownership import claim
 from pyramid_ldm.pyramid import LatentScaling
 from pyramid_ldm.randomness import uniform
 from pyramid_ldm.training.encode import EncodeOptions, encode
@@ -70,14 +72,14 @@ def test_splitting_a_record_gives_back_the_levels(finished):
     assert torch.equal(log_variances[1][0], record[112:].reshape(4, 4, 4))
 
 
-def test_training_images_are_mirrored_and_held_out_ones_are_not(finished, photographs):
+def test_both_splits_are_mirrored(finished, photographs):
     train, held = split_held_out(find_images(photographs), 0.3)
     rows = LatentCache(finished).rows
     assert train
     assert held
     found = [(r.source, r.mirrored, r.crop, r.split) for r in rows]
     expected = [(f.digest, mirrored, 0, "train") for f in train for mirrored in (False, True)]
-    assert found == expected + [(f.digest, False, 0, "held_out") for f in held]
+    assert found == expected + [(f.digest, mirrored, 0, "held_out") for f in held for mirrored in (False, True)]
     assert LatentCache(finished).indices("held_out") == list(range(2 * len(train), len(rows)))
 
 
@@ -164,16 +166,16 @@ def test_resuming_writes_only_what_is_missing(shards, finished, autoencoder_dire
 @pytest.mark.parametrize("kind", ["no shard", "no sidecar", "truncated"])
 def test_a_finished_cache_that_lost_a_shard_is_named_and_mended(shards, autoencoder_directory, photographs, kind):
     break_by(kind, shards)
-    with pytest.raises(UserError, match=r"00001\.\w+: .*run encode again"):
+    with pytest.raises(UserError, match=r"00001\.\w+: .*encode.* again"):
         LatentCache(shards)
     encode(autoencoder_directory, photographs, shards, OPTIONS, CPU)
     assert len(LatentCache(shards).rows) == len(all_records(shards))
 
 
 def test_a_finished_cache_is_not_encoded_again(shards, autoencoder_directory, photographs, capsys):
-    before = {path: path.stat().st_mtime_ns for path in shards.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in shards.iterdir() if path.name != ".lock"}
     encode(autoencoder_directory, photographs, shards, OPTIONS, CPU)
-    assert {path: path.stat().st_mtime_ns for path in shards.iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in shards.iterdir() if path.name != ".lock"} == before
     assert "is complete" in capsys.readouterr().err
 
 
@@ -236,6 +238,9 @@ def test_two_processes_share_the_shards(finished, autoencoder_directory, photogr
         def barrier(self):
             meeting.wait()
 
+        def first(self, make):
+            return make()
+
     def record(directory, number, *rest):
         writers.setdefault(number, []).append(threading.get_ident())
         write_shard(directory, number, *rest)
@@ -289,13 +294,13 @@ def test_vq_records_are_half_as_wide_and_need_no_posterior(photographs, tmp_path
     assert torch.equal(latents, cache.read(0))
 
 
-def test_crops_are_seeded_and_leave_the_held_out_images_centred(autoencoder_directory, photographs, tmp_path):
+def test_crops_are_seeded_and_alike_for_both_splits(autoencoder_directory, photographs, tmp_path):
     options = dataclasses.replace(OPTIONS, crops=3, zoom=1.5)
     train, held = split_held_out(find_images(photographs), 0.3)
     cache = LatentCache(encode(autoencoder_directory, photographs, tmp_path / "a", options, CPU))
     found = [(r.source, r.mirrored, r.crop) for r in cache.rows]
     expected = [(f.digest, mirrored, k) for f in train for k in (1, 2, 3) for mirrored in (False, True)]
-    assert found == expected + [(f.digest, False, 0) for f in held]
+    assert found == expected + [(f.digest, mirrored, k) for f in held for k in (1, 2, 3) for mirrored in (False, True)]
     first = train[0]
     crops = [cache.read(i) for i in (0, 2, 4)]
     assert not torch.equal(crops[0], crops[1])
@@ -337,6 +342,7 @@ def test_the_autoencoder_beside_the_shards_is_the_one_that_made_them(autoencoder
     other = lively_autoencoder()
     with torch.no_grad():
         other.encoder.stem.weight.mul_(1.5)
+    claim(tmp_path / "out", "shards", "--out")
     other.save_pretrained(tmp_path / "out" / "autoencoder")
     encode(autoencoder_directory, photographs, tmp_path / "out", OPTIONS, CPU)
     cache = LatentCache(tmp_path / "out")

@@ -10,6 +10,7 @@ from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
 
 ROOT = Path(__file__).parent.parent
+PAPER = ("lsun_bedrooms_256", "lsun_churches_256", "celebahq_1024", "people2k", "scapes2k")
 RATIOS = {
     "demo": 3 * 64 * 64 / (16 + 128 + 256 + 256),
     "photographs_256": 48.0,
@@ -27,15 +28,29 @@ LATENTS = {
 SIDES = {"photographs_256": [1, 4, 8, 16], "lsun_bedrooms_256": [1, 4, 8, 16], "lsun_churches_256": [4, 8, 16, 32]}
 
 
-def test_both_folders_hold_the_same_seven():
-    for kind in ("autoencoder_configs", "diffusion_configs"):
-        assert {p.stem for p in (ROOT / kind).glob("*.yaml")} == RATIOS.keys()
+def test_both_folders_hold_the_same_seven_and_one_codebook():
+    names = {
+        kind: {p.stem for p in (ROOT / kind).glob("*.yaml")} for kind in ("autoencoder_configs", "diffusion_configs")
+    }
+    assert names["diffusion_configs"] == RATIOS.keys()
+    assert names["autoencoder_configs"] == RATIOS.keys() | {"demo_vq"}
+
+
+def test_the_demos_flow_takes_the_latents_of_a_codebook():
+    stage_one = load_config(AutoencoderTraining, ROOT / "autoencoder_configs/demo_vq.yaml", ["data.root=x"])
+    stage_two = load_config(FlowTraining, ROOT / "diffusion_configs/demo.yaml", ["data.shards=x"])
+    autoencoder = PyramidAutoencoder(stage_one.model).eval()
+    stage_two.model.resolve(stage_one.image_size, stage_one.model.levels)
+    with torch.no_grad():
+        latents = autoencoder.encode(torch.zeros(1, 3, 64, 64)).mode()
+        assert [v.shape for v in PyramidNCSNpp(stage_two.model)(latents, torch.zeros(1))] == [z.shape for z in latents]
 
 
 @pytest.mark.parametrize("name", RATIOS)
 def test_config(name):
     stage_one = load_config(AutoencoderTraining, ROOT / f"autoencoder_configs/{name}.yaml", ["data.root=x"])
     stage_two = load_config(FlowTraining, ROOT / f"diffusion_configs/{name}.yaml", ["data.shards=x"])
+    assert stage_two.scaling == ("paper" if name in PAPER else "unit")
     with torch.device("meta"):
         autoencoder = PyramidAutoencoder(stage_one.model)
         assert autoencoder.compression_ratio() == pytest.approx(RATIOS[name], abs=1e-9)

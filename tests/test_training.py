@@ -1,5 +1,7 @@
-"""Both loops as a user starts them: exact resume after kill -9, two processes, bad files, Ctrl-C."""
+"""Both loops as a user starts them: exact resume after kill -9, two processes, Ctrl-C, what a resumed run is."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -7,13 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.cli import main
+from pyramid_ldm.data.folder import find_images, split_held_out
+from pyramid_ldm.data.photographs import Preprocessing
+from pyramid_ldm.files import sealed, write_json
 from pyramid_ldm.training.checkpoint import checkpoint_directories
 
 AE_CONFIG = """
@@ -47,36 +57,46 @@ checkpoint: {every: 8}
 """
 
 
-def command(*arguments: object, processes: int = 1) -> list[str]:
-    start = [sys.executable, "-m", "pyramid_ldm"]
-    if processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
-                 "-m", "pyramid_ldm"]  # fmt: skip
-    return [*start, *map(str, arguments)]
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "pyramid_ldm", *map(str, arguments)]
 
 
-def run(*arguments: object, processes: int = 1, code: int = 0) -> subprocess.CompletedProcess[str]:
-    # One thread: two processes of one thread each must do the arithmetic of one.
+@dataclass
+class Done:
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object, code: int = 0) -> Done:
+    """One command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        found = main([str(argument) for argument in arguments])
+    assert found == code, out.getvalue() + err.getvalue()
+    return Done(out.getvalue(), err.getvalue())
+
+
+def start_child(*arguments: object) -> "subprocess.Popen[str]":
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command(*arguments, processes=processes), capture_output=True, text=True, timeout=200, env=environment
+    return subprocess.Popen(
+        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+
+
+def wait_until(happened, process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 100
+    while not happened():
+        assert process.poll() is None, "ended too early: " + process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def kill_after(arguments: tuple[object, ...], happened) -> None:
     """Starts a command and kills it with -9 as soon as `happened()`."""
-    process = subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    deadline = time.monotonic() + 100
-    while not happened():
-        assert process.poll() is None, "ended before it could be killed: " + process.stdout.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    process = start_child(*arguments)
+    wait_until(happened, process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def state_of(run_directory: Path) -> dict:
@@ -126,7 +146,8 @@ def test_a_run_directory_holds_what_it_promises(home):
     assert (home / "ae/images/reconstructions-00000048.png").is_file()
     assert (home / "flow/images/samples-00000048.png").is_file()
     assert (home / "flow/model/pipeline.json").is_file()
-    assert json.loads((home / "ae/provenance.json").read_text())["torch"] == torch.__version__
+    (start,) = json.loads((home / "ae/provenance.json").read_text())
+    assert start["torch"] == torch.__version__
 
 
 def test_the_autoencoder_learns(home):
@@ -186,47 +207,86 @@ def test_a_finished_run_exports_another_average(home, photographs, tmp_path, com
     assert_equal(state_of(directory), state_of(home / name))
 
 
-def test_two_processes_give_the_single_processs_losses(home, photographs, tmp_path):
-    """The same global batch: 4 in one process, 2 + 2 in two, 2 accumulated twice. Dropout 0 (it is drawn per rank)."""
+RANKS = """
+import sys
+from pathlib import Path
+from pyramid_ldm.cli import _leave_processes, main
+import pyramid_ldm.cli
+from torch.nn.parallel import DistributedDataParallel
+pyramid_ldm.cli._leave_processes = lambda: None  # one process group for all commands
+alone, no_sync = [0], DistributedDataParallel.no_sync
+def counted(model):
+    alone[0] += 1
+    return no_sync(model)
+DistributedDataParallel.no_sync = counted
+for line in Path(sys.argv[1]).read_text().splitlines():
+    words = line.split("|")
+    if main(words):
+        sys.exit(1)
+    print(f"micro-steps without reduction: {alone[0]}", flush=True)
+_leave_processes()
+"""
+
+
+def test_two_processes_do_what_one_does(home, photographs, tmp_path):
+    """The same global batch: 4 in one process, 2 + 2 in two, 2 accumulated twice. Dropout 0 (it is drawn per rank). And
+    the same latents and pictures. One torchrun for all of it."""
     shared = ("data.workers=0", "train.images=24", "checkpoint.every=24", "log.pictures_every=1000")
-    layouts = {"one": (1, 4, 1), "two": (2, 2, 1), "accumulated": (1, 2, 2)}
+    regions = ("train.regions=2", "train.region_size=24")
+    encoding = ("encode", home / "ae", "--data", photographs, "--workers", 0, "--shard-size", 8, "--precision", "fp32")
+    drawing = ("sample", home / "flow", "-n", 3, "--solver", "euler", "--steps", 4, "--precision", "fp32")
+
+    def training(stage, name, batch, accumulate):
+        data = f"data.root={photographs}" if stage == "ae" else f"data.shards={home / 'latents'}"
+        own = ("model.decoder.dropout=0", *regions) if stage == "ae" else ("model.dropout=0",)
+        return (f"train-{stage}", home / f"{stage}.yaml", data, *own, *shared, f"train.batch_size={batch}",
+                f"train.accumulate={accumulate}", f"run_dir={tmp_path / stage / name}")  # fmt: skip
+
+    lines = [training("ae", "two", 2, 1), training("flow", "two", 2, 1),
+             training("flow", "two by two", 1, 2), (*encoding, "--out", tmp_path / "z2"),
+             (*drawing, "--out", tmp_path / "s2")]  # fmt: skip
+    (tmp_path / "lines").write_text("\n".join("|".join(map(str, words)) for words in lines))
+    (tmp_path / "ranks.py").write_text(RANKS)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*start, str(tmp_path / "ranks.py"), str(tmp_path / "lines")], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: ") == 4, "said once, not by every process"
+    assert done.stdout.count("reduction: 6\n") == 2 * 3, "gradients travel once a step: in 6 of 12 micro-steps"
     for stage in ("ae", "flow"):
-        for name, (processes, batch, accumulate) in layouts.items():
-            data = f"data.root={photographs}" if stage == "ae" else f"data.shards={home / 'latents'}"
-            dropout = "model.decoder.dropout=0" if stage == "ae" else "model.dropout=0"
-            shared = (*shared, "train.regions=2", "train.region_size=24") if stage == "ae" else shared[:4]
-            run(f"train-{stage}", home / f"{stage}.yaml", data, dropout, *shared, f"train.batch_size={batch}",
-                f"train.accumulate={accumulate}", f"run_dir={tmp_path / stage / name}",
-                processes=processes)  # fmt: skip
+        run(*training(stage, "one", 4, 1))
+        run(*training(stage, "accumulated", 2, 2))
         reference = logged(tmp_path / stage / "one", "loss")
         assert len(reference) == 6
-        for other in ("two", "accumulated"):
+        for other in ("two", "accumulated", *(["two by two"] if stage == "flow" else [])):
             assert logged(tmp_path / stage / other, "loss") == pytest.approx(reference, abs=1e-5, rel=1e-5)
         if stage == "ae":
             weight = logged(tmp_path / stage / "one", "gan_weight")
             assert max(weight.values()) > 0
             assert logged(tmp_path / stage / "two", "gan_weight") == pytest.approx(weight, rel=1e-3)
+    # Another number of processes must not change what a step sees.
+    refused = run(*training("ae", "two", 2, 1), code=2)
+    assert "saw 4 images, now 2 (train.batch_size) x 1" in refused.stderr
+    assert "set train.accumulate=2" in refused.stderr
+    run(*training("ae", "two", 2, 2))
+    run(*encoding, "--out", tmp_path / "z1")
+    for path in (tmp_path / "z1").glob("0*"):
+        assert path.read_bytes() == (tmp_path / "z2" / path.name).read_bytes()
+    run(*drawing, "--out", tmp_path / "s1")
+    for path in (tmp_path / "s1").glob("seed*.png"):
+        a, b = (np.asarray(Image.open(folder / path.name), dtype=int) for folder in (tmp_path / "s1", tmp_path / "s2"))
+        assert np.abs(a - b).max() <= 1
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(home, photographs, tmp_path):
     arguments = ("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")
-    long = (
-        *arguments,
-        "train.images=100000",
-        "checkpoint.every=100000",
-        "log.pictures_every=100000",
-        "train.decay=constant",
-    )
-    process = subprocess.Popen(
-        command(*long),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    metrics = tmp_path / "ae/metrics.jsonl"
-    while not metrics.exists():
-        time.sleep(0.05)
+    endless = ("train.images=100000", "checkpoint.every=100000", "log.pictures_every=100000", "train.decay=constant")
+    process = start_child(*arguments, *endless)
+    wait_until((tmp_path / "ae/metrics.jsonl").exists, process)
+    refused = run(*arguments, *endless, code=2)
+    assert "another pyramid-ldm is writing there" in refused.stderr
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -238,8 +298,6 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(home, photographs, tmp_path):
 
 
 def test_a_damaged_newest_checkpoint_falls_back(home, photographs, tmp_path):
-    import shutil
-
     shutil.copytree(home / "ae", tmp_path / "ae")
     newest = checkpoint_directories(tmp_path / "ae")[-1] / "state.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -248,38 +306,12 @@ def test_a_damaged_newest_checkpoint_falls_back(home, photographs, tmp_path):
     assert_equal(state_of(home / "ae"), state_of(tmp_path / "ae"))
 
 
-def test_one_corrupt_file_is_named_once_and_skipped_many_stop_the_run(home, photographs, tmp_path):
-    import shutil
-
-    shutil.copytree(photographs, tmp_path / "photos")
-    files = sorted((tmp_path / "photos").iterdir())
-    files[3].write_bytes(files[3].read_bytes()[:300])
-    # Six epochs: the file is met again and again, and stays one file.
-    settings = (
-        "train.images=64",
-        "checkpoint.every=64",
-        "log.pictures_every=1000",
-        "data.workers=1",
-        "data.validation=0",
-    )
-    data = f"data.root={tmp_path / 'photos'}"
-    done = run("train-ae", home / "ae.yaml", data, f"run_dir={tmp_path / 'ae'}", *settings)
-    assert done.stderr.count(f"skipped {files[3]}") == 1
-    for file in files[4:10]:
-        file.write_bytes(file.read_bytes()[:300])
-    failed = run("train-ae", home / "ae.yaml", data, f"run_dir={tmp_path / 'ae2'}", *settings, code=2)
-    assert "images cannot be read, more than data.max_bad_fraction=0.01" in failed.stderr.strip().splitlines()[-1]
-    for file in files:
-        file.write_bytes(file.read_bytes()[:300])
-    failed = run("train-ae", home / "ae.yaml", data, f"run_dir={tmp_path / 'ae3'}", *settings, code=2)
-    assert failed.stderr.strip().splitlines()[-1].startswith("pyramid-ldm: none of the")
-
-
 def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path):
     """12 images, then to 24; and on to 27, which is not a whole number of steps. Two random regions of each."""
     settings = (
         "model.latent=vq",
         "model.codebook_size=16",
+        "loss.codebook_restart=8",
         "data.crop=random",
         "data.zoom=1.5",
         "data.workers=2",
@@ -294,17 +326,18 @@ def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path)
         for images in (24,) if name == "whole" else (12, 24):
             run("train-ae", home / "ae.yaml", *settings, f"train.images={images}", f"run_dir={tmp_path / name}")
     assert_equal(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-    assert logged(tmp_path / "whole", "codebook_perplexity") == logged(tmp_path / "parts", "codebook_perplexity")
+    for key in ("codebook_perplexity_2x2", "codebook_usage_4x4", "loss"):
+        assert logged(tmp_path / "whole", key) == logged(tmp_path / "parts", key)
+    assert sum(logged(tmp_path / "whole", "codebook_revived").values()) > 0
     run("train-ae", home / "ae.yaml", *settings, "train.images=27", f"run_dir={tmp_path / 'whole'}")
     assert state_of(tmp_path / "whole")["images_seen"] == 28
 
 
 def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, photographs, tmp_path):
     """Float32 records, the posterior's mode, the same noise and times."""
-    from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-    from pyramid_ldm.data.images import find_images
+    from pyramid_ldm.data.latents import LatentRecords, collate_latents
     from pyramid_ldm.data.photographs import load_crop
-    from pyramid_ldm.data.shards import LatentCache, LatentRecords, collate_latents
+    from pyramid_ldm.data.shards import LatentCache
     from pyramid_ldm.flow.rectified_flow import RectifiedFlow
     from pyramid_ldm.pipeline import PyramidPipeline
     from pyramid_ldm.pyramid import unflatten
@@ -315,7 +348,8 @@ def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, pho
     pipeline = PyramidPipeline.from_pretrained(home / "flow")
     autoencoder = PyramidAutoencoder.from_pretrained(home / "ae")
     records = LatentRecords(cache, cache.indices("train"), 0, "mode", shuffle=False)
-    cached, noise, time_, positions = collate_latents([records[i] for i in range(4)])
+    batch = collate_latents([records[i] for i in range(4)])
+    cached, noise, time_, positions = batch.latents, batch.noise, batch.uniform, batch.positions
     by_digest = {file.digest: file.path for file in find_images(photographs)}
     sources = [by_digest[cache.rows[records.rows[p]].source] for p in positions]
     images = torch.stack([load_crop(path, (32, 32), zoom=1.0, top=0.5, left=0.5) for path in sources])
@@ -327,3 +361,125 @@ def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, pho
             for z in (unflatten(cached, shapes), fresh)
         ]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+
+
+def test_metrics_go_on_where_a_checkpoint_fell_between_two_lines(home, photographs, tmp_path):
+    words = ["log.every=12", "checkpoint.every=8", "checkpoint.keep_last=9", "train.images=24", "train.decay=constant"]
+    words += [f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}"]
+    run("train-ae", home / "ae.yaml", *words)
+    whole = logged(tmp_path / "ae", "loss")
+    assert list(whole) == [12, 24]
+    for later in ("00000016", "00000024"):
+        shutil.rmtree(tmp_path / "ae/checkpoints" / later)
+    assert "resuming at 8" in run("train-ae", home / "ae.yaml", *words).stderr
+    assert logged(tmp_path / "ae", "loss") == whole
+
+
+def test_pictures_that_a_kill_cost_are_made_by_the_next_start(home, tmp_path):
+    """They come after saving, so that they cost no checkpoint."""
+    shutil.copytree(home / "flow", tmp_path / "flow")
+    picture = tmp_path / "flow/images/samples-00000048.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    run("train-flow", home / "flow.yaml", f"data.shards={home / 'latents'}", f"run_dir={tmp_path / 'flow'}")
+    assert picture.read_bytes() == before
+
+
+def test_pictures_come_after_saving_and_end_no_run(home, photographs, tmp_path, monkeypatch):
+    seen = []
+
+    def fail(config, state, *rest):
+        seen.append([int(path.name) for path in checkpoint_directories(tmp_path / "ae")][-1:] == [state.images_seen])
+        raise RuntimeError("no figure today")
+
+    monkeypatch.setattr("pyramid_ldm.training.train_autoencoder._examine", fail)
+    done = run("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")
+    assert seen == [True, True]
+    assert done.stderr.count("no held-out figures and pictures this time: RuntimeError: no figure today") == 2
+
+
+def test_the_loaded_checkpoint_is_let_go(home, photographs, tmp_path, monkeypatch):
+    from pyramid_ldm.training import train_autoencoder
+
+    class Saved(dict):
+        """So that it can be watched."""
+
+    kept, load = [], train_autoencoder.load_newest
+
+    def watched(directory):
+        state, skipped = load(directory)
+        saved = Saved(state)
+        kept.append(weakref.ref(saved))
+        return saved, skipped
+
+    alive = []
+    monkeypatch.setattr(train_autoencoder, "load_newest", watched)
+    monkeypatch.setattr(train_autoencoder, "describe", lambda *_: alive.append(kept[0]() is not None) or "")
+    shutil.copytree(home / "ae", tmp_path / "ae")
+    words = [f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}", "train.images=52"]
+    run("train-ae", home / "ae.yaml", *words)
+    assert alive == [False]
+
+
+def test_figures_are_of_the_whole_share_and_of_as_many_training_images(home, photographs, tmp_path, monkeypatch):
+    """Cut as training cuts, by the averaged model, on both sides."""
+    from pyramid_ldm.training import train_autoencoder
+
+    looked = []
+    crops = train_autoencoder.crops_to_examine
+
+    def watch(files, look, *rest):
+        looked.append((len(files), look.crop))
+        return crops(files, look, *rest)
+
+    monkeypatch.setattr(train_autoencoder, "crops_to_examine", watch)
+    words = ["data.validation=0.5", "data.crop=random", "data.zoom=1.5", "train.images=8", "log.pictures=2"]
+    run("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}", *words)
+    train, held_out = split_held_out(find_images(photographs), 0.5)
+    assert looked == [(len(held_out), "random"), (len(train), "random")]
+    for split, files in (("held_out", held_out), ("train", train)):
+        model = PyramidAutoencoder.from_pretrained(tmp_path / "ae")
+        expected = []
+        look = Preprocessing((32, 32), "random", 1.5)
+        for _, crop in crops(files, look, 0, []):
+            decoded = model.decode(model.encode(crop[None]).mode()).clamp(-1, 1)
+            expected.append(float(10 * torch.log10(4 / (decoded - crop).square().mean())))
+        found = logged(tmp_path / "ae", f"{split}_psnr")[8]
+        assert found == pytest.approx(sum(expected) / len(expected), abs=1e-3)
+
+
+def test_a_flow_goes_on_with_its_own_latents_and_scale_alone(home, photographs, tmp_path):
+    """Another cache has another scale, or trains on what was held out: it is the run's state that counts."""
+    run("encode", home / "ae", "--data", photographs, "--out", tmp_path / "other", "--workers", 0, "--validation", 0.4)
+    settings = ("train.images=16", f"run_dir={tmp_path / 'flow'}")
+    run("train-flow", home / "flow.yaml", f"data.shards={home / 'latents'}", *settings)
+    before = state_of(tmp_path / "flow")["scaling"]
+    refused = run("train-flow", home / "flow.yaml", f"data.shards={tmp_path / 'other'}", *settings, code=2)
+    assert "was started on latents with rows = " in refused.stderr or "validation = 0.1" in refused.stderr
+    shutil.copytree(home / "latents", tmp_path / "moved")
+    index = json.loads((tmp_path / "moved/index.json").read_text())
+    for level in index["statistics"]:
+        level["std"] *= 3  # as if they were estimated anew, otherwise
+    write_json(tmp_path / "moved/index.json", sealed(index))
+    run("train-flow", home / "flow.yaml", f"data.shards={tmp_path / 'moved'}", *settings, "train.images=24")
+    assert state_of(tmp_path / "flow")["scaling"] == before
+    manifest = json.loads((tmp_path / "flow/model/pipeline.json").read_text())
+    assert manifest["scaling"] == before
+
+
+def test_reading_a_run_while_it_trains_disturbs_neither(home, photographs, tmp_path):
+    """A checkpoint a step; meanwhile the model is loaded, described and drawn with as fast as can be."""
+    often = ("checkpoint.every=4", "log.pictures_every=1000", "train.images=48", "train.decay=constant")
+    where = (f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")
+    process = start_child("train-ae", home / "ae.yaml", *where, *often)
+    wait_until((tmp_path / "ae/model/model.safetensors").exists, process)
+    prints, reads = set(), 0
+    while process.poll() is None:
+        prints.add(PyramidAutoencoder.from_pretrained(tmp_path / "ae").fingerprint())
+        if reads == 0:
+            assert "run directory of train-ae" in run("info", tmp_path / "ae").stdout
+        reads += 1
+    assert process.returncode == 0, process.communicate()[1]
+    assert reads > 5
+    assert len(prints) > 3
+    assert not list((tmp_path / "ae").glob(".*.tmp")) + list((tmp_path / "ae").glob(".*.previous"))

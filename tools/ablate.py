@@ -79,7 +79,7 @@ def ablate_flow(args: argparse.Namespace) -> None:
     """Stage two: distances of samples from held-out images, loss per level, evaluations of RK45."""
     from experiments.flow_rows import FlowTask
 
-    from pyramid_ldm.data.images import find_images
+    from pyramid_ldm.data.folder import find_images
     from pyramid_ldm.data.shards import LatentCache
     from pyramid_ldm.evaluation.frechet import Inception
     from pyramid_ldm.evaluation.reference import Reference

@@ -29,7 +29,7 @@ from experiments.tables import Result, draw_curves, markdown
 from experiments.unseen import Figures, Unseen, bicubic_figures
 
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
-from pyramid_ldm.data.images import find_images
+from pyramid_ldm.data.folder import find_images
 from pyramid_ldm.files import write_text
 
 # Latents of a 128x128 image, coarse to fine, factor: channels. Equal numbers of values: 256 (the nearest to 1:205 that

@@ -56,7 +56,8 @@ def main() -> int:
     parser.add_argument("--autoencoder", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--flow", nargs="*", default=[], metavar="key=value")
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out}: is not empty; give another folder")
     few = args.out / "few"
     few.mkdir(parents=True)
     suffixes = {".jpg", ".jpeg", ".png", ".webp"}
@@ -65,12 +66,12 @@ def main() -> int:
     ae, latents, flow = args.out / "ae", args.out / "latents", args.out / "flow"
     often = (f"train.images={args.images}", "log.every=1", f"log.pictures_every={10**9}", f"checkpoint.every={10**9}")
     rows = [
-        run("train-ae", f"{args.config}.yaml", f"data.root={args.data}", f"run_dir={ae}", *often, "log.pictures=1",
-            f"loss.perceptual.weights={args.vgg}", "loss.gan.start=0", "loss.gan.disc_warmup=0", "loss.gan.ramp=0",
-            *args.autoencoder),
+        run("train-ae", f"autoencoder_configs/{args.config}.yaml", f"data.root={args.data}", f"run_dir={ae}", *often,
+            "log.pictures=1", f"loss.perceptual.weights={args.vgg}", "loss.gan.start=0", "loss.gan.disc_warmup=0",
+            "loss.gan.ramp=0", *args.autoencoder),
         run("encode", ae, "--data", few, "--out", latents, "--no-flip", "--batch-size", 1, "--workers", 0),
-        run("train-flow", f"{args.config}.yaml", f"data.shards={latents}", f"run_dir={flow}", *often, "log.pictures=1",
-            "samples.steps=1", *args.flow),
+        run("train-flow", f"diffusion_configs/{args.config}.yaml", f"data.shards={latents}", f"run_dir={flow}", *often,
+            "log.pictures=1", "samples.steps=1", *args.flow),
         run("sample", flow, "--num", 1, "--solver", "euler", "--steps", args.steps, "--out", args.out / "samples"),
     ]  # fmt: skip
     for row, directory in ((rows[0], ae), (rows[2], flow)):

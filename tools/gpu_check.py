@@ -178,16 +178,17 @@ def run_all(check: Check, args: argparse.Namespace) -> None:
 def draw(check: Check, args: argparse.Namespace, minute: float) -> None:
     """The README's four commands on landscapes, for a moment. L1 alone: VGG's weights are not there."""
     work, cli, device = check.work, ("-m", "pyramid_ldm"), f"device={args.device}"
-    config, images, workers = ("demo.yaml", (16, 32), 0) if args.quick else ("scapes2k.yaml", (600, 6400), 8)
+    name, images, workers = ("demo", (16, 32), 0) if args.quick else ("scapes2k", (600, 6400), 8)
+    configs = [f"{kind}_configs/{name}.yaml" for kind in ("autoencoder", "diffusion")]
     shared = ("ema.widths=[0.05]", "ema.export=0.05", "checkpoint.every=1000000000", "log.pictures=2", device,
               f"data.workers={workers}")  # fmt: skip
-    check.part("train-ae", 0.7 * minute, *cli, "train-ae", config, f"data.root={work / 'photos'}",
+    check.part("train-ae", 0.7 * minute, *cli, "train-ae", configs[0], f"data.root={work / 'photos'}",
                f"run_dir={work / 'ae'}", f"train.images={images[0]}", "train.batch_size=4", "train.accumulate=1",
                "train.learning_rate=3e-4", "train.warmup=40", "loss.perceptual.weight=0", "loss.gan.weight=0",
                f"log.every={images[0] // 8}", f"log.pictures_every={images[0] // 3}", *shared)  # fmt: skip
     check.part("encode", 0.4 * minute, *cli, "encode", work / "ae", "--data", work / "photos", "--out",
                work / "latents", "--workers", workers, "--device", args.device)  # fmt: skip
-    check.part("train-flow", 0.4 * minute, *cli, "train-flow", config, f"data.shards={work / 'latents'}",
+    check.part("train-flow", 0.4 * minute, *cli, "train-flow", configs[1], f"data.shards={work / 'latents'}",
                f"run_dir={work / 'flow'}", f"train.images={images[1]}", "train.batch_size=16", "train.warmup=320",
                f"log.every={images[1] // 8}", "log.pictures_every=1000000000", "samples.steps=20", *shared)  # fmt: skip
     check.part("sample", 0.4 * minute, *cli, "sample", work / "flow", "--num", 2, "--solver", "euler", "--steps", 50,

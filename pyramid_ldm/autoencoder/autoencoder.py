@@ -13,19 +13,19 @@ from pyramid_ldm.autoencoder.encoder import PyramidEncoder
 from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
 from pyramid_ldm.autoencoder.regions import Region, Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig
-from pyramid_ldm.nn.layers import full_precision
-from pyramid_ldm.pyramid import LatentLevel, Pyramid, compression_ratio
-from pyramid_ldm.serialization import load_model, resolve_model_directory, save_model
+from pyramid_ldm.nn.spectral import full_precision
+from pyramid_ldm.pyramid import LatentLevel, Pyramid, compression_ratio, level_shapes
+from pyramid_ldm.serialization import assemble, read_model, read_stored, save_model
 
 
 @dataclass(frozen=True)
 class AutoencoderOutput:
-    """One training pass. `codebook_*` are zeros under KL."""
+    """One training pass."""
 
     reconstruction: Tensor  # (B, 3, H, W), or of the regions, (entries, 3, height, width)
     posterior: DiagonalGaussian
-    codebook_loss: Tensor  # scalar, mean over levels
-    codebook_perplexity: Tensor  # exp of the entropy of the entries this batch used, mean over levels; scalar
+    codebook_loss: Tensor  # scalar, mean over levels; zero under KL
+    codebook_indices: tuple[Tensor, ...]  # entries that were used, (B, H, W) a level; empty under KL
 
 
 class PyramidAutoencoder(nn.Module):
@@ -52,6 +52,7 @@ class PyramidAutoencoder(nn.Module):
             attention=config.attention.encoder,
             attention_factors=factors,
             head_channels=config.attention.head_channels,
+            softmax_tokens=config.attention.softmax_tokens,
             spectral_norm=config.encoder.spectral_norm,
             checkpoint_factors=config.checkpoint_factors,
         )
@@ -91,17 +92,16 @@ class PyramidAutoencoder(nn.Module):
             )
         return DiagonalGaussian.from_moments(self.encoder(image), has_variance=self.config.latent == "kl")
 
-    def quantize(self, latents: Pyramid) -> tuple[Pyramid, Tensor, Tensor]:
-        """Nearest codebook entries (straight-through gradient), loss, and perplexity. VQ only."""
+    def quantize(self, latents: Pyramid) -> tuple[Pyramid, Tensor, tuple[Tensor, ...]]:
+        """(nearest codebook entries with a straight-through gradient, loss, indices (B, H, W) a level). VQ only."""
         quantized, losses, used = [], [], []
         for level, quantizer in zip(latents, self.quantizers, strict=True):
             with full_precision(level.device):  # bfloat16 would choose other entries
                 nearest, loss, (_, _, indices) = quantizer(level.float())
             quantized.append(nearest)
             losses.append(loss)
-            shares = torch.bincount(indices.flatten(), minlength=self.config.codebook_size) / indices.numel()
-            used.append(torch.exp(torch.special.entr(shares).sum()))
-        return tuple(quantized), torch.stack(losses).mean(), torch.stack(used).mean()
+            used.append(indices.view(level.shape[0], *level.shape[2:]))
+        return tuple(quantized), torch.stack(losses).mean(), tuple(used)
 
     def decode(self, latents: Pyramid, region: Region | None = None) -> Tensor:
         """Latents to an image (B, 3, H, W), in [-1, 1] up to overshoot; VQ latents are quantised first.
@@ -130,11 +130,11 @@ class PyramidAutoencoder(nn.Module):
         """A training pass: encode, sample with `noise` (fresh if None) or quantise, decode (only `regions`)."""
         posterior = self.encode(image)
         if self.quantizers:
-            latents, loss, perplexity = self.quantize(posterior.mode())
+            latents, loss, indices = self.quantize(posterior.mode())
         else:
             latents = posterior.sample(noise)
-            loss = perplexity = latents[0].new_zeros(())
-        return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, perplexity)
+            loss, indices = latents[0].new_zeros(()), ()
+        return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, indices)
 
     def compile(self, **options: Any) -> None:
         """Compiles in place, a part at a time: where windows are cut changes with every region, and stays outside."""
@@ -144,6 +144,11 @@ class PyramidAutoencoder(nn.Module):
             for part in (level.up, level.branch, level.blocks):
                 if isinstance(part, nn.Module):
                     part.compile(**options)
+
+    @property
+    def level_names(self) -> list[str]:
+        """ "4x4" (height x width) a level, coarse to fine."""
+        return [f"{h}x{w}" for _, h, w in level_shapes(self.levels, self.config.image_size)]
 
     def compression_ratio(self) -> float:
         """Image values per latent value: 256.0 means 1:256."""
@@ -167,4 +172,5 @@ class PyramidAutoencoder(nn.Module):
 
         Raises UserError where something is missing or does not fit.
         """
-        return load_model(resolve_model_directory(Path(directory), "train-ae"), cls, AutoencoderConfig)
+        stored = read_model(Path(directory), "train-ae", lambda home: read_stored(home, AutoencoderConfig))
+        return assemble(stored, cls)

@@ -29,6 +29,7 @@ class ResidualBranch(nn.Module):
         blocks: int,
         attention: str,
         head_channels: int,
+        softmax_tokens: int,
         dropout: float,
         norm: str,
         zero_init: bool,
@@ -38,7 +39,9 @@ class ResidualBranch(nn.Module):
         self.blocks = nn.ModuleList()
         for _ in range(blocks):
             self.blocks.append(ResidualBlock(width, width, dropout=dropout, norm=norm, zero_init=zero_init))
-            self.blocks.append(build_attention(attention, width, head_channels=head_channels))
+            self.blocks.append(
+                build_attention(attention, width, head_channels=head_channels, softmax_tokens=softmax_tokens)
+            )
 
     def forward(self, latent: Tensor) -> Tensor:
         h: Tensor = self.input(latent)
@@ -119,9 +122,8 @@ class DecoderLevel(nn.Module):
         )
         if self.up is not None and branch is not None:
             with torch.no_grad():
-                for conv in (self.up.conv, self.up.shortcut):
-                    if conv is not None:
-                        conv.weight.mul_(coarse_init)
+                for conv in filter(None, (self.up.conv, self.up.shortcut)):
+                    conv.weight.mul_(coarse_init)
         self.branch = branch
         self.blocks = nn.Sequential()
         for _ in range(blocks):
@@ -169,10 +171,8 @@ class PyramidDecoder(nn.Module):
         dropout: at the lowest resolution, falling linearly to 0 at the highest.
         norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
             sees the whole image everywhere.
-        upsampling: of features: "nearest" (PDM) or "bilinear". RGB is always bilinear.
-        zero_init: residual branches begin at zero (a ViT's always do): a block is its shortcut / sqrt 2 at first.
-        coarse_init: scale at the start of training, where a latent enters, of what comes up from coarser levels: at 1
-            it hides the finer latent, which carries more of the image, for long.
+        upsampling, zero_init: see DecoderConfig.
+        coarse_init: scale at first, where a latent enters, of what comes up from coarser levels: 1 would hide it.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
 
@@ -214,6 +214,7 @@ class PyramidDecoder(nn.Module):
                 blocks=branch_blocks,
                 attention=kind,
                 head_channels=head_channels,
+                softmax_tokens=softmax_tokens,
                 dropout=rate,
                 norm=norm,
                 zero_init=zero_init,

@@ -50,6 +50,7 @@ class EncoderLevel(nn.Module):
         blocks: int,
         attention: str,
         head_channels: int,
+        softmax_tokens: int,
         spectral_norm: bool,
         image_channels: int,
         latent_channels: int,
@@ -66,7 +67,13 @@ class EncoderLevel(nn.Module):
         for _ in range(blocks):
             self.blocks.append(ResidualBlock(width, width, spectral_norm=spectral_norm, norm=norm))
             self.blocks.append(
-                build_attention(attention, width, head_channels=head_channels, spectral_norm=spectral_norm)
+                build_attention(
+                    attention,
+                    width,
+                    head_channels=head_channels,
+                    softmax_tokens=softmax_tokens,
+                    spectral_norm=spectral_norm,
+                )
             )
         self.head = LatentHead(width, latent_channels, moments, norm, linear_head) if latent_channels else None
         self.down = (
@@ -125,6 +132,7 @@ class PyramidEncoder(nn.Module):
         attention: str = "linear",
         attention_factors: Sequence[int] = (),
         head_channels: int = 64,
+        softmax_tokens: int = 4096,
         spectral_norm: bool = True,
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
@@ -141,6 +149,7 @@ class PyramidEncoder(nn.Module):
                 blocks=blocks,
                 attention=attention if 1 << i in attention_factors else "none",
                 head_channels=head_channels,
+                softmax_tokens=softmax_tokens,
                 spectral_norm=spectral_norm,
                 image_channels=3 * self.patches[i] ** 2 if i > 0 and enters else 0,
                 latent_channels=channels.get(1 << i, 0),

@@ -68,17 +68,19 @@ def _build(weights: str) -> Any:
 def _load_vgg(network: Any, path: Path) -> None:
     """Copies features.N.* of torchvision's VGG-16 into the slices that lpips cuts it into."""
     if not path.is_file():
-        raise UserError(f"loss.perceptual.weights={path}: no such file; use a path, imagenet or random")
+        raise UserError(
+            f"VGG-16 weights {path}: no such file; give a path, imagenet or random (loss.perceptual.weights, --lpips)"
+        )
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"loss.perceptual.weights={path}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"VGG-16 weights {path}: cannot be read ({str(error).splitlines()[0]})") from None
     own = dict(network.net.named_parameters())  # sliceK.N.weight, N as in torchvision's features
     for name, parameter in own.items():
         key = "features." + name.split(".", 1)[1]
         if key not in state or state[key].shape != parameter.shape:
-            raise UserError(f"loss.perceptual.weights={path}: {key} is missing or misshapen; expected VGG-16")
+            raise UserError(f"VGG-16 weights {path}: {key} is missing or misshapen; expected VGG-16")
         parameter.data.copy_(state[key])

@@ -2,13 +2,16 @@
 
 import argparse
 import errno
+import io
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
 from pyramid_ldm import __version__
 from pyramid_ldm.cli import demo, encode, evaluate, info, latents, reconstruct, sample, train_ae, train_flow
-from pyramid_ldm.config.base import ConfigError
+from pyramid_ldm.config.schema import ConfigError
 from pyramid_ldm.errors import UserError
 
 COMMANDS = (demo, train_ae, encode, train_flow, sample, reconstruct, latents, evaluate, info)
@@ -37,33 +40,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     chosen = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be text
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata, by the hundred; what costs pixels is an error
     try:
         finished = bool(chosen.run(chosen))
-    except (UserError, ConfigError) as error:
-        return _complain(str(error))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _complain(
-                f"no space left on the disk ({error.filename or 'while writing'}); free some and run again"
-            )
-        if isinstance(error, PermissionError):
-            return _complain(f"{error.filename}: permission denied")
-        raise
     except KeyboardInterrupt:
+        print("pyramid-ldm: stopped; what is whole stays, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERRUPTED
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for --help
+        message = _of_the_input(error)
+        if message is None or os.environ.get("PYRAMID_LDM_TRACEBACK"):
             raise
-        return _complain("out of GPU memory; lower train.batch_size or --batch-size, or set model.checkpoint_factors")
+        print(f"pyramid-ldm: {message}", file=sys.stderr)
+        return WRONG_INPUT
     finally:
         _leave_processes()
     return DONE if finished else INTERRUPTED
 
 
-def _complain(message: str) -> int:
-    # An error that crossed a loader's worker process arrives with that process's traceback; the message ends it.
-    print(f"pyramid-ldm: {message.strip().splitlines()[-1].split('UserError: ')[-1]}", file=sys.stderr)
-    return WRONG_INPUT
+def _of_the_input(error: Exception) -> str | None:
+    """What to say, in a line, of an error that is not ours: the user's input, or the system's. None for a bug."""
+    if isinstance(error, UserError | ConfigError):
+        return " ".join(str(error).split("\n"))
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = error.filename or "while writing"
+            return f"no space left on the disk ({where}); free some and run again"
+        if error.errno is None:  # raised by a library
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        return f"{where or 'the system'}: {(error.strerror or type(error).__name__).lower()}"
+    # torch's own types, which are not imported for --help.
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory; lower train.batch_size or --batch-size, or set model.checkpoint_factors"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        return "out of memory; lower train.batch_size (raise train.accumulate as much), --batch-size or data.workers"
+    return None
 
 
 def _leave_processes() -> None:

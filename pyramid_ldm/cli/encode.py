@@ -1,9 +1,8 @@
 """`pyramid-ldm encode`."""
 
 import argparse
-from pathlib import Path
 
-from pyramid_ldm.cli.common import add_device
+from pyramid_ldm.cli.common import MOST, Number, add_device, add_photographs, folder, quoted, share, shipped, whole
 
 NAME = "encode"
 HELP = "photographs to latent shards with a trained autoencoder (run again to resume)"
@@ -12,18 +11,24 @@ EXAMPLE = "pyramid-ldm encode runs/scapes2k-ae --data photos/ --out latents/"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """AE_RUN --data --out and how."""
-    parser.add_argument("autoencoder", metavar="AE_RUN", type=Path, help="a run directory of train-ae")
-    parser.add_argument("--data", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--out", type=Path, required=True, help="shard directory")
-    parser.add_argument("--crops", type=int, default=0, help="random crops an image (default: the centre crop)")
-    parser.add_argument("--zoom", type=float, default=1.0, help="random crops enlarge by up to this much (default: 1)")
+    parser.add_argument("autoencoder", metavar="AE_RUN", type=folder, help="a run directory of train-ae")
+    parser.add_argument("--out", type=folder, required=True, help="shard directory")
+    parser.add_argument(
+        "--crops", type=whole(0, 10**6), default=0, help="random crops an image (default: the centre crop)"
+    )
+    parser.add_argument(
+        "--zoom", type=Number(float, 1.0, 1024.0), default=1.0, help="random crops enlarge by up to this (default: 1)"
+    )
     parser.add_argument("--no-flip", action="store_true", help="leave out the mirrored copies")
-    parser.add_argument("--validation", type=float, help="held-out share (default: the autoencoder run's)")
+    parser.add_argument("--validation", type=share(), help="held-out share (default: the autoencoder run's)")
     parser.add_argument("--dtype", default="float16", help="float16 or float32 (default: float16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random crops (default: 0)")
-    parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
-    parser.add_argument("--shard-size", type=int, default=1024, help="records a shard (default: 1024)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images (default: 2)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the random crops (default: 0)")
+    parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="default: 8")
+    parser.add_argument("--shard-size", type=whole(1, MOST), default=1024, help="records a shard (default: 1024)")
+    parser.add_argument(
+        "--workers", type=whole(0, 1024), default=2, help="processes that read images; 0: none (default: 2)"
+    )
+    add_photographs(parser, held_out=False)
     add_device(parser)
 
 
@@ -33,19 +38,21 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.training.encode import EncodeOptions, encode, say, trained_on
     from pyramid_ldm.training.runtime import start
 
+    if arguments.zoom > 1 and not arguments.crops:
+        raise UserError("--zoom is of random crops: give --crops, too")
     trained = trained_on(arguments.autoencoder)
-    validation = arguments.validation
+    validation, upscale = arguments.validation, arguments.upscale
     if validation is None:  # so that both stages hold out the same images
         validation = trained.validation if trained else EncodeOptions.validation
-    if min(arguments.batch_size, arguments.shard_size) < 1 or arguments.crops < 0 or arguments.zoom < 1:
-        raise UserError("--batch-size and --shard-size must be at least 1, --crops at least 0, --zoom at least 1")
-    if not 0 <= validation < 1:
-        raise UserError(f"--validation {validation}: must lie in [0, 1)")
+    if upscale is None:
+        upscale = trained.upscale if trained else False
     options = EncodeOptions(
         crops=arguments.crops,
         zoom=arguments.zoom,
         flip=not arguments.no_flip,
         validation=validation,
+        upscale=upscale,
+        max_bad_fraction=arguments.max_bad_fraction,
         dtype=arguments.dtype,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
@@ -59,5 +66,25 @@ def run(arguments: argparse.Namespace) -> bool:
         )
     out = encode(arguments.autoencoder, arguments.data, arguments.out, options, runtime)
     if runtime.main:
-        print(f"done: {out}\nnext: pyramid-ldm train-flow diffusion_configs/NAME.yaml data.shards={out}")
+        following = quoted("pyramid-ldm", "train-flow", fitting_config(arguments), f"data.shards={out}")
+        print(f"done: {out}\nnext: {following}")
     return True
+
+
+def fitting_config(arguments: argparse.Namespace) -> str:
+    """A config for a flow on these latents: of the name that the autoencoder's run has, else the first that fits."""
+    from pyramid_ldm.config import ConfigError, FlowTraining, LevelConfig, load_config
+    from pyramid_ldm.data.shards import read_index
+
+    plan = read_index(arguments.out)["plan"]
+    levels = [LevelConfig(factor, channels) for factor, channels in plan["levels"]]
+    name = arguments.autoencoder.resolve().name.removesuffix("-ae")
+    every = sorted(shipped("diffusion_configs"), key=lambda path: (path.stem != name, path.stem != "photographs_256"))
+    for path in every:
+        config = load_config(FlowTraining, path, ["data.shards=x"])
+        try:
+            config.model.resolve(plan["image_size"], levels)
+        except ConfigError:
+            continue
+        return f"diffusion_configs/{path.name}"
+    return "CONFIG.yaml"

@@ -1,9 +1,8 @@
 """`pyramid-ldm evaluate`."""
 
 import argparse
-from pathlib import Path
 
-from pyramid_ldm.cli.common import add_device, add_solver, solver_options
+from pyramid_ldm.cli.common import MOST, add_device, add_photographs, add_solver, folder, solver_options, whole
 
 NAME = "evaluate"
 HELP = (
@@ -11,24 +10,18 @@ HELP = (
     "or of a folder of pictures"
 )
 EXAMPLE = (
-    "pyramid-ldm evaluate runs/scapes2k-flow --data photos/ --held-out 0.05 --inception inception-2015-12-05.pt\n"
+    "pyramid-ldm evaluate runs/scapes2k-flow --data photos/ --held-out --inception inception-2015-12-05.pt\n"
     "         pyramid-ldm evaluate samples/ --data photos/ --inception inception-2015-12-05.pt --out figures.json"
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN --data and how."""
-    parser.add_argument("run_or_pictures", metavar="RUN", type=Path, help="a run of either stage, or pictures")
-    parser.add_argument("--data", type=Path, required=True, help="folder of photographs to compare with")
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        metavar="SHARE",
-        help="only the photographs that training held out at this data.validation (default: all)",
-    )
+    parser.add_argument("run_or_pictures", metavar="RUN", type=folder, help="a run of either stage, or pictures")
+    add_photographs(parser, held_out=True)
     parser.add_argument(
         "--inception",
-        type=Path,
+        type=folder,
         metavar="FILE",
         help="inception-2015-12-05.pt, for FID and KID; an autoencoder can do without",
     )
@@ -38,23 +31,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of an autoencoder: imagenet, or a file of VGG-16's weights (default: none)",
     )
     parser.add_argument(
-        "-n", "--num", type=int, help="of a flow: samples (default: as many as photographs); otherwise: images to use"
+        "-n",
+        "--num",
+        type=whole(1, MOST),
+        help="of a flow: samples (default: as many as photographs); otherwise: images to use",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of a flow's samples (default: 0)")
+    parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of a flow's samples (default: 0)")
     add_solver(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="of a flow's samples (default: 8)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the figures there, as JSON")
+    parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="of a flow's samples (default: 8)")
+    parser.add_argument("--out", type=folder, metavar="FILE", help="also write the figures there, as JSON")
     add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
+    from pyramid_ldm.cli.common import choice_of
     from pyramid_ldm.errors import UserError
     from pyramid_ldm.evaluation.evaluate import Evaluation, report
     from pyramid_ldm.training.runtime import start
 
-    if arguments.batch_size < 1 or (arguments.num is not None and arguments.num < 1):
-        raise UserError("--num and --batch-size must be at least 1")
     options = solver_options(arguments)
     runtime = start(arguments.device, arguments.precision)
     if runtime.ranks > 1:
@@ -64,7 +59,7 @@ def run(arguments: argparse.Namespace) -> bool:
         bf16=runtime.bf16,
         inception=arguments.inception,
         lpips=arguments.lpips,
-        held_out=arguments.held_out,
+        choice=choice_of(arguments, arguments.run_or_pictures),
         count=arguments.num,
         seed=arguments.seed,
         options=options,

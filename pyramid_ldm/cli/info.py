@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pyramid_ldm.cli.common import find_config
+from pyramid_ldm.cli.common import KINDS, find_config, folder
 
 NAME = "info"
 HELP = "what a run, model, checkpoint or shard directory is; with --cost, what a config will cost before anyone trains"
@@ -13,8 +13,7 @@ EXAMPLE = (
     "         pyramid-ldm info --cost autoencoder_configs/scapes2k.yaml train.batch_size=2\n"
     "         pyramid-ldm info --cost diffusion_configs/scapes2k.yaml --autoencoder autoencoder_configs/scapes2k.yaml"
 )
-KINDS = ("autoencoder_configs", "diffusion_configs")
-WORKING = "info: one training step on tensors without values, which takes up to a minute"
+WORKING = "info: one training step on tensors without values, which takes some seconds"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +35,7 @@ def run(arguments: argparse.Namespace) -> bool:
             raise UserError("key=value and --autoencoder are for --cost")
         from pyramid_ldm.training.inspect import describe
 
-        print(describe(Path(arguments.path)))
+        print(describe(folder(arguments.path)))
         return True
 
     from pyramid_ldm.config import AutoencoderTraining
@@ -63,7 +62,7 @@ def config_file(name: str) -> Path:
     """A config by path, of a run directory, or one that the package ships by its folder and name."""
     from pyramid_ldm.errors import UserError
 
-    path = Path(name)
+    path = folder(name)
     if path.is_dir():
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path}: holds no config.yaml; give a config file or a run directory")

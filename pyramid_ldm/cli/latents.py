@@ -1,9 +1,8 @@
 """`pyramid-ldm latents`."""
 
 import argparse
-from pathlib import Path
 
-from pyramid_ldm.cli.common import add_device
+from pyramid_ldm.cli.common import MOST, add_device, folder, whole
 
 NAME = "latents"
 HELP = "what each latent level holds: images from only one level, and from all but one (PDM figure 7)"
@@ -12,10 +11,12 @@ EXAMPLE = "pyramid-ldm latents runs/scapes2k-ae --data photos/ --out latents.png
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """AE_RUN --data --out and which."""
-    parser.add_argument("autoencoder", metavar="AE_RUN", type=Path, help="a run directory of train-ae")
-    parser.add_argument("--data", type=Path, required=True, help="folder of photographs")
-    parser.add_argument("--out", type=Path, required=True, help="PNG file")
-    parser.add_argument("--image", type=int, default=0, help="which image of the folder (default: the first)")
+    parser.add_argument("autoencoder", metavar="AE_RUN", type=folder, help="a run directory of train-ae")
+    parser.add_argument("--data", type=folder, required=True, help="folder of photographs")
+    parser.add_argument("--out", type=folder, required=True, help="PNG file")
+    parser.add_argument(
+        "--image", type=whole(0, MOST), default=0, help="which image of the folder (default: the first)"
+    )
     parser.add_argument("--fill", default="zero", choices=["zero", "mean"], help="stands in for a left-out level")
     add_device(parser)
 

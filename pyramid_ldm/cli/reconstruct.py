@@ -1,9 +1,8 @@
 """`pyramid-ldm reconstruct`."""
 
 import argparse
-from pathlib import Path
 
-from pyramid_ldm.cli.common import add_device
+from pyramid_ldm.cli.common import MOST, add_device, add_photographs, choice_of, folder, whole
 
 NAME = "reconstruct"
 HELP = "originals beside reconstructions, with PSNR, SSIM and LPIPS of each image"
@@ -12,15 +11,12 @@ EXAMPLE = "pyramid-ldm reconstruct runs/scapes2k-ae --data photos/ --out reconst
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """AE_RUN --data --out and how."""
-    parser.add_argument("autoencoder", metavar="AE_RUN", type=Path, help="a run directory of train-ae")
-    parser.add_argument("--data", type=Path, required=True, help="folder of photographs")
+    parser.add_argument("autoencoder", metavar="AE_RUN", type=folder, help="a run directory of train-ae")
+    add_photographs(parser, held_out=True)
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the pairs, grid.png and reconstructions.jsonl"
+        "--out", type=folder, required=True, help="folder for the pairs, grid.png and reconstructions.jsonl"
     )
-    parser.add_argument("-n", "--num", type=int, help="first so many images (default: all)")
-    parser.add_argument(
-        "--held-out", type=float, metavar="SHARE", help="only the images held out at this data.validation"
-    )
+    parser.add_argument("-n", "--num", type=whole(1, MOST), help="first so many images (default: all)")
     parser.add_argument(
         "--lpips", metavar="WEIGHTS", help="imagenet, or a file with VGG-16's weights (default: no LPIPS)"
     )
@@ -37,8 +33,8 @@ def run(arguments: argparse.Namespace) -> bool:
         arguments.autoencoder,
         arguments.data,
         arguments.out,
+        choice=choice_of(arguments, arguments.autoencoder),
         count=arguments.num,
-        held_out=arguments.held_out,
         lpips_weights=arguments.lpips,
         device=runtime.device,
         bf16=runtime.bf16,

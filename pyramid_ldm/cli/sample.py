@@ -1,51 +1,57 @@
 """`pyramid-ldm sample`."""
 
 import argparse
-from pathlib import Path
 
-from pyramid_ldm.cli.common import add_device, add_solver, solver_options
+from pyramid_ldm.cli.common import MOST, add_device, add_solver, folder, solver_options, whole
 
 NAME = "sample"
-HELP = "draw new images with a trained flow"
+HELP = "draw new images with a trained flow (run again to resume)"
 EXAMPLE = "pyramid-ldm sample runs/scapes2k-flow --num 16 --seed 0 --solver rk45 --out samples/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FLOW_RUN --num --out and how."""
-    parser.add_argument("flow", metavar="FLOW_RUN", type=Path, help="a run directory of train-flow")
-    parser.add_argument("-n", "--num", type=int, default=16, help="images (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="image k of a seed is always the same (default: 0)")
-    parser.add_argument("--first", type=int, default=0, help="index of the first image (default: 0)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for PNGs, grid.png and samples.jsonl")
+    parser.add_argument("flow", metavar="FLOW_RUN", type=folder, help="a run directory of train-flow")
+    parser.add_argument("-n", "--num", type=whole(1, MOST), default=16, help="images (default: 16)")
+    parser.add_argument(
+        "--seed", type=whole(0, 2**63 - 1), default=0, help="image k of a seed is always the same (default: 0)"
+    )
+    parser.add_argument("--first", type=whole(0, MOST), default=0, help="index of the first image (default: 0)")
+    parser.add_argument(
+        "--out", type=folder, required=True, help="folder for PNGs, grid.png and samples.jsonl; of one flow and solver"
+    )
     add_solver(parser)
     parser.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
-    parser.add_argument("--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="default: 8")
     add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
-    from pyramid_ldm.errors import UserError
-    from pyramid_ldm.evaluation.sampling import finish_folder, sample_to_folder
+    from pyramid_ldm.evaluation.sampling import finish_folder, refuse_other_settings, sample_to_folder, settings_of
+    from pyramid_ldm.ownership import claim, held, keep_apart
+    from pyramid_ldm.pipeline import PyramidPipeline
     from pyramid_ldm.training.runtime import start
 
     options = solver_options(arguments)
-    if arguments.num < 1 or arguments.batch_size < 1 or arguments.first < 0:
-        raise UserError("--num and --batch-size must be at least 1, --first at least 0")
+    out = arguments.out
+    keep_apart(out, "--out", {"FLOW_RUN": arguments.flow})
     runtime = start(arguments.device, arguments.precision)
-    indices = list(range(arguments.first, arguments.first + arguments.num))
-    sample_to_folder(
-        arguments.flow,
-        arguments.out,
-        indices[runtime.rank :: runtime.ranks],
-        arguments.seed,
-        options,
-        batch_size=arguments.batch_size,
-        device=runtime.device,
-        bf16=runtime.bf16,
-        compile_flow=arguments.compile,
-    )
-    runtime.barrier()
+    pipeline = PyramidPipeline.from_pretrained(arguments.flow).to(runtime.device)
+    if arguments.compile:
+        pipeline.compile()
+    settings = settings_of(pipeline, options, runtime.bf16)
     if runtime.main:
-        finish_folder(arguments.out, arguments.seed, indices)
+        claim(out, "samples", "--out", settings=settings)
+    with held(out, runtime.main):
+        runtime.barrier()
+        refuse_other_settings(out, settings)
+        indices = list(range(arguments.first, arguments.first + arguments.num))
+        mine = indices[runtime.rank :: runtime.ranks]
+        sample_to_folder(
+            pipeline, out, mine, arguments.seed, options, batch_size=arguments.batch_size, bf16=runtime.bf16
+        )
+        runtime.barrier()
+        if runtime.main:
+            finish_folder(out, arguments.seed, indices)
     return True

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from pyramid_ldm.cli.common import add_training, find_config
+from pyramid_ldm.cli.common import add_training, find_config, first_process, quoted
 
 NAME = "train-ae"
 HELP = "stage one: train the pyramid autoencoder on a folder of photographs (run again to resume)"
@@ -24,8 +24,9 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.training.train_autoencoder import train_autoencoder
 
     directory, finished = train_autoencoder(config)
-    if finished:
-        print(f"done: {directory}\nnext: pyramid-ldm encode {directory} --data {config.data.root} --out latents/")
-    else:
+    if finished and first_process():
+        following = quoted("pyramid-ldm", "encode", directory, "--data", config.data.root, "--out", "latents")
+        print(f"done: {directory}\nnext: {following}")
+    elif not finished:
         print(f"stopped; {directory} holds a checkpoint. To resume, run the same command again.", file=sys.stderr)
     return finished

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from pyramid_ldm.cli.common import add_training, find_config
+from pyramid_ldm.cli.common import add_training, find_config, first_process, quoted
 
 NAME = "train-flow"
 HELP = "stage two: train the flow network on latent shards (run again to resume)"
@@ -24,8 +24,9 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.training.train_flow import train_flow
 
     directory, finished = train_flow(config)
-    if finished:
-        print(f"done: {directory}\nnext: pyramid-ldm sample {directory} --num 16 --out samples/")
-    else:
+    if finished and first_process():
+        following = quoted("pyramid-ldm", "sample", directory, "--num", 16, "--out", "samples")
+        print(f"done: {directory}\nnext: {following}")
+    elif not finished:
         print(f"stopped; {directory} holds a checkpoint. To resume, run the same command again.", file=sys.stderr)
     return finished

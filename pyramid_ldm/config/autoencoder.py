@@ -1,99 +1,97 @@
 """Stage one's config: the model (saved beside its weights) and its training."""
 
-from dataclasses import dataclass, field
-
 from omegaconf import MISSING
 
-from pyramid_ldm.config.base import require, require_choice
 from pyramid_ldm.config.common import (
+    MOST_IMAGES,
+    MOST_SEED,
+    MOST_SIDE,
     CheckpointConfig,
     EmaConfig,
     LevelConfig,
     LogConfig,
     TrainConfig,
+    check_device,
     check_image_size,
     check_levels,
-    check_runtime,
 )
+from pyramid_ldm.config.schema import Section, key, require
 
 ATTENTION = ("spatial_channel", "spatial", "channel", "linear", "none")
+MOST_CHANNELS = 2**16
 
 
-@dataclass
-class AttentionConfig:
+class AttentionConfig(Section):
     """Where attention stands and of what kind (PDM section 3.3)."""
 
-    encoder: str = "linear"
-    decoder: str = "spatial_channel"
-    max_tokens: int = 4096  # no attention on levels with more positions: these stay strictly local
-    softmax_tokens: int = 4096  # above this the spatial half is linear attention
-    head_channels: int = 64
-    factors: list[int] | None = None  # resolved from image_size and max_tokens; stored with the model
+    NAME = "model.attention"
 
-    def __post_init__(self) -> None:
-        require_choice("model.attention.encoder", self.encoder, ATTENTION)
-        require_choice("model.attention.decoder", self.decoder, ATTENTION)
+    encoder: str = key("linear", choices=ATTENTION)
+    decoder: str = key("spatial_channel", choices=ATTENTION)
+    max_tokens: int = key(4096, at_least=0)  # no attention on levels with more positions: these stay strictly local
+    softmax_tokens: int = key(4096, at_least=0)  # above this the spatial half is linear attention
+    head_channels: int = key(64, at_least=0, at_most=MOST_CHANNELS)  # 0: one head
+    # Resolved from image_size and max_tokens; stored with the model.
+    factors: list[int] | None = key(None, at_least=1, at_most=MOST_SIDE)
 
 
-@dataclass
-class EncoderConfig:
+class EncoderConfig(Section):
     """Light: one block a level, spectral norm on all but the latent heads."""
 
-    widths: list[int] = field(default_factory=lambda: [32, 64, 128])  # channels at factor 1, 2, 4, ...
-    blocks: int = 1
-    spectral_norm: bool = True
-    image_patch: int = 4  # each from_rgb sees blocks of so many pixels a side (1: PDM's; 2, 4, 8, 16)
-    pooling: str = "average"  # average | max | unshuffle: 2x2 blocks to channels
-    linear_heads: bool = True  # a latent sees its features also as they are before the norm
+    NAME = "model.encoder"
+
+    widths: list[int] = key([32, 64, 128], at_least=4, at_most=MOST_CHANNELS)  # channels at factor 1, 2, 4, ...
+    blocks: int = key(1, at_least=1, at_most=64)
+    spectral_norm: bool = key(True)
+    # Each from_rgb sees blocks of so many pixels a side (1: PDM's; 2, 4, 8, 16).
+    image_patch: int = key(4, at_least=1, at_most=16, before=1)
+    pooling: str = key("average", choices=("average", "max", "unshuffle"))  # unshuffle: 2x2 blocks to channels
+    linear_heads: bool = key(True, before=False)  # a latent sees its features also as they are before the norm
 
     def __post_init__(self) -> None:
-        require_choice("model.encoder.pooling", self.pooling, ("average", "max", "unshuffle"))
+        super().__post_init__()
         require(
             self.image_patch in (1, 2, 4, 8, 16),
             f"model.encoder.image_patch is {self.image_patch}; choose one of 1, 2, 4, 8, 16",
         )
-        require(self.blocks >= 1, f"model.encoder.blocks is {self.blocks}; it must be at least 1")
 
 
-@dataclass
-class DecoderConfig:
+class DecoderConfig(Section):
     """Heavy: one block more a level than the encoder, and a branch for every latent."""
 
-    widths: list[int] = field(default_factory=lambda: [32, 64, 128])
-    branch: str = "residual"  # residual | vit
-    branch_blocks: int = 1
-    upsampling: str = "nearest"  # nearest | bilinear: of features; RGB is always bilinear
-    zero_init: bool = True  # residual branches begin at zero, as a ViT's always do: a block is x / sqrt 2 at first
-    coarse_init: float = 0.1  # where a latent enters: scale at first of what comes up from coarser levels
-    dropout: float = 0.35  # at the lowest resolution, falling linearly to 0 at the highest
+    NAME = "model.decoder"
 
-    def __post_init__(self) -> None:
-        require_choice("model.decoder.branch", self.branch, ("residual", "vit"))
-        require_choice("model.decoder.upsampling", self.upsampling, ("nearest", "bilinear"))
-        require(self.branch_blocks >= 0, f"model.decoder.branch_blocks is {self.branch_blocks}; 0 or more")
-        require(0 < self.coarse_init <= 1, f"model.decoder.coarse_init is {self.coarse_init}; it must lie in (0, 1]")
-        require(0 <= self.dropout < 1, f"model.decoder.dropout is {self.dropout}; it must lie in [0, 1)")
+    widths: list[int] = key([32, 64, 128], at_least=4, at_most=MOST_CHANNELS)
+    branch: str = key("residual", choices=("residual", "vit"))
+    branch_blocks: int = key(1, at_least=0, at_most=64)
+    upsampling: str = key("nearest", choices=("nearest", "bilinear"))  # of features; RGB is always bilinear
+    # Residual branches begin at zero, as a ViT's always do: a block is x / sqrt 2 at first.
+    zero_init: bool = key(True, before=False)
+    # Where a latent enters: scale at first of what comes up from coarser levels.
+    coarse_init: float = key(0.1, above=0, at_most=1, before=1.0)
+    dropout: float = key(0.35, at_least=0, below=1)  # at the lowest resolution, falling linearly to 0 at the highest
 
 
-@dataclass
-class AutoencoderConfig:
+class AutoencoderConfig(Section):
     """The pyramid autoencoder (PDM section 3.3, figure 5)."""
 
-    image_size: list[int] = field(default_factory=list)  # [H, W]; training copies its own here
-    levels: list[LevelConfig] = field(default_factory=list)  # coarse to fine
-    latent: str = "kl"  # kl | vq
-    codebook_size: int = 1024  # vq: entries per level
-    skip: str = "res_skip"  # res_skip | residual | skip | none (PDM figure 4)
-    norm: str = "pixel"  # pixel: local in space | group: of the whole image; nothing can be decoded in part then
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
-    checkpoint_factors: list[int] = field(default_factory=list)  # recompute these levels in the backward pass
+    NAME, KIND = "model", "autoencoder"
+
+    image_size: list[int] = key([], at_least=1, at_most=MOST_SIDE)  # [H, W]; training copies its own here
+    levels: list[LevelConfig] = key([])  # coarse to fine
+    latent: str = key("kl", choices=("kl", "vq"))
+    codebook_size: int = key(1024, at_least=1, at_most=2**24)  # vq: entries per level
+    skip: str = key("res_skip", choices=("res_skip", "residual", "skip", "none"))  # PDM figure 4
+    # pixel: local in space; group: of the whole image, and nothing can be decoded in part then.
+    norm: str = key("pixel", choices=("pixel", "group"))
+    encoder: EncoderConfig = key(EncoderConfig)
+    decoder: DecoderConfig = key(DecoderConfig)
+    attention: AttentionConfig = key(AttentionConfig)
+    # Recompute these levels in the backward pass.
+    checkpoint_factors: list[int] = key([], at_least=1, at_most=MOST_SIDE, may_change=True)
 
     def __post_init__(self) -> None:
-        require_choice("model.latent", self.latent, ("kl", "vq"))
-        require_choice("model.skip", self.skip, ("res_skip", "residual", "skip", "none"))
-        require_choice("model.norm", self.norm, ("pixel", "group"))
+        super().__post_init__()
         if self.image_size:
             self.resolve(self.image_size)
 
@@ -112,7 +110,7 @@ class AutoencoderConfig:
                 len(widths) == depth,
                 f"model.{name}.widths has {len(widths)} entries; factors 1 to {self.levels[0].factor} need {depth}",
             )
-            require(all(w >= 4 and w % 4 == 0 for w in widths), f"model.{name}.widths {widths}: multiples of 4 only")
+            require(all(w % 4 == 0 for w in widths), f"model.{name}.widths {widths}: multiples of 4 only")
         if self.attention.factors is None:
             height, width = image_size
             self.attention.factors = [
@@ -120,96 +118,95 @@ class AutoencoderConfig:
             ]
 
 
-@dataclass
-class ImageDataConfig:
+class ImageDataConfig(Section):
     """A folder of photographs and how training looks at them."""
 
-    root: str = MISSING
-    workers: int = 4
-    validation: float = 0.05  # share of the images held out, chosen by content
-    crop: str = "center"  # center | random: after resizing to cover image_size
-    zoom: float = 1.0  # random crops also enlarge by up to this much
-    flip: bool = True
-    max_bad_fraction: float = 0.01  # unreadable files above this share stop the run
+    NAME = "data"
 
-    def __post_init__(self) -> None:
-        require_choice("data.crop", self.crop, ("center", "random"))
-        require(0 <= self.validation < 1, f"data.validation is {self.validation}; it must lie in [0, 1)")
-        require(self.zoom >= 1, f"data.zoom is {self.zoom}; it must be at least 1")
-        require(self.zoom == 1 or self.crop == "random", "data.zoom needs data.crop=random")
-
-
-@dataclass
-class PerceptualConfig:
-    """LPIPS with the VGG-16 network."""
-
-    weight: float = 1.0
-    weights: str = "imagenet"  # imagenet (torchvision's cache or host) | a file | random
-
-
-@dataclass
-class GanConfig:
-    """Hinge PatchGAN. Counts are images."""
-
-    weight: float = 0.5  # 0 turns the discriminator off
-    mode: str = "adaptive"  # adaptive | constant
-    start: int = 50_000  # the discriminator begins to learn
-    disc_warmup: int = 10_000  # it learns this long before it acts on the autoencoder
-    ramp: int = 10_000  # its weight then rises linearly over this many images
-    max_weight: float = 1e4
-    channels: int = 64
-    layers: int = 3
-    learning_rate: float | None = None  # the autoencoder's, unless given
-
-    def __post_init__(self) -> None:
-        require(self.channels >= 4, f"loss.gan.channels is {self.channels}; it must be at least 4")
-        require_choice("loss.gan.mode", self.mode, ("adaptive", "constant"))
-
-
-@dataclass
-class LossConfig:
-    """All terms are means per pixel or per latent value, so that one weight means the same at 256 and at 2048."""
-
-    l1: float = 1.0
-    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
-    kl: float = 1e-8
-    codebook: float = 1.0
-    gan: GanConfig = field(default_factory=GanConfig)
-
-
-@dataclass
-class AutoencoderTrainConfig(TrainConfig):
-    """How stage one looks at an image: the encoder and the levels with attention always see all of it."""
-
-    regions: int = 0  # reconstruct and judge only so many random parts of each image; 0: all of it
-    region_size: int = 512  # pixels a side
+    root: str = key(MISSING, path=True, may_change=True)
+    workers: int = key(4, at_least=0, at_most=1024, may_change=True)
+    validation: float = key(0.05, at_least=0, below=1)  # share of the images held out, chosen by content
+    crop: str = key("center", choices=("center", "random"))  # after resizing to cover image_size
+    zoom: float = key(1.0, at_least=1, at_most=1024)  # random crops also enlarge by up to this much
+    flip: bool = key(True)
+    upscale: bool = key(False, before=True)  # take photographs that are smaller than image_size, too, enlarged
+    # Unreadable files above this share stop the run.
+    max_bad_fraction: float = key(0.01, at_least=0, at_most=1, may_change=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.regions >= 0, f"train.regions is {self.regions}; give 0 or more")
-        require(self.region_size >= 1, f"train.region_size is {self.region_size}; it must be at least 1")
+        require(self.zoom == 1 or self.crop == "random", "data.zoom needs data.crop=random")
 
 
-@dataclass
-class AutoencoderTraining:
+class PerceptualConfig(Section):
+    """LPIPS with the VGG-16 network."""
+
+    NAME = "loss.perceptual"
+
+    weight: float = key(1.0, at_least=0)
+    weights: str = key("imagenet", path=True)  # imagenet (torchvision's cache or host) | a file | random
+
+
+class GanConfig(Section):
+    """Hinge PatchGAN. Counts are images."""
+
+    NAME = "loss.gan"
+
+    weight: float = key(0.5, at_least=0)  # 0 turns the discriminator off
+    mode: str = key("adaptive", choices=("adaptive", "constant"))
+    start: int = key(50_000, at_least=0, at_most=MOST_IMAGES)  # the discriminator begins to learn
+    disc_warmup: int = key(10_000, at_least=0, at_most=MOST_IMAGES)  # it learns this long before it acts
+    ramp: int = key(10_000, at_least=0, at_most=MOST_IMAGES)  # its weight then rises linearly over so many images
+    max_weight: float = key(1e4, at_least=0)
+    channels: int = key(64, at_least=4, at_most=MOST_CHANNELS)
+    layers: int = key(3, at_least=1, at_most=16)
+    learning_rate: float | None = key(None, above=0, at_most=100)  # the autoencoder's, unless given
+
+
+class LossConfig(Section):
+    """All terms are means per pixel or per latent value, so that one weight means the same at 256 and at 2048."""
+
+    NAME = "loss"
+
+    l1: float = key(1.0, at_least=0)
+    perceptual: PerceptualConfig = key(PerceptualConfig)
+    kl: float = key(1e-8, at_least=0)
+    codebook: float = key(1.0, at_least=0)
+    # vq: entries that were not used for so many images become latents of the batch at hand (P22); 0: never.
+    codebook_restart: int = key(2_000, at_least=0, at_most=MOST_IMAGES, before=0)
+    gan: GanConfig = key(GanConfig)
+
+
+class AutoencoderTrainConfig(TrainConfig):
+    """How stage one looks at an image: the encoder and the levels with attention always see all of it."""
+
+    # Reconstruct and judge only so many random parts of each image; 0: all of it.
+    regions: int = key(0, at_least=0, at_most=2**16, may_change=True)
+    region_size: int = key(512, at_least=1, at_most=MOST_SIDE, may_change=True)  # pixels a side
+
+
+class AutoencoderTraining(Section):
     """Everything `train-ae` reads."""
 
-    run_dir: str = MISSING
-    image_size: list[int] = MISSING
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool = False
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    KIND = "train-ae"
+
+    run_dir: str = key(MISSING, path=True, may_change=True)
+    image_size: list[int] = key(MISSING, at_least=1, at_most=MOST_SIDE)
+    seed: int = key(0, at_least=0, at_most=MOST_SEED)
+    device: str = key("auto", may_change=True)
+    precision: str = key("auto", choices=("auto", "bf16", "fp32"), may_change=True)
+    compile: bool = key(False, may_change=True)
+    model: AutoencoderConfig = key(AutoencoderConfig)
+    data: ImageDataConfig = key(ImageDataConfig)
+    loss: LossConfig = key(LossConfig)
+    train: AutoencoderTrainConfig = key(AutoencoderTrainConfig)
+    ema: EmaConfig = key(EmaConfig)
+    log: LogConfig = key(LogConfig, may_change=True)
+    checkpoint: CheckpointConfig = key(CheckpointConfig, may_change=True)
 
     def __post_init__(self) -> None:
-        check_runtime(self.device, self.precision)
+        super().__post_init__()
+        check_device(self.device)
         require(
             self.train.regions == 0 or self.model.norm == "pixel",
             "train.regions needs model.norm=pixel: with group norms every part of an image depends on all of it",

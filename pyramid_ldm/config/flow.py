@@ -1,47 +1,48 @@
 """Stage two's config: the network (saved beside its weights) and its training."""
 
-from dataclasses import dataclass, field
-
 from omegaconf import MISSING
 
-from pyramid_ldm.config.base import require, require_choice
 from pyramid_ldm.config.common import (
+    MOST_SEED,
+    MOST_SIDE,
     CheckpointConfig,
     EmaConfig,
     LevelConfig,
     LogConfig,
     TrainConfig,
+    check_device,
     check_levels,
-    check_runtime,
 )
+from pyramid_ldm.config.schema import Section, key, require
 
 
-@dataclass
-class FlowConfig:
+class FlowConfig(Section):
     """The pyramid NCSN++ (PDM section 3.3, figure 6). `image_size` and `levels` come from the shards."""
 
-    image_size: list[int] = field(default_factory=list)  # [H, W] of the images behind the latents
-    levels: list[LevelConfig] = field(default_factory=list)  # coarse to fine
-    widths: list[int] = field(default_factory=lambda: [128, 256, 256, 256])  # channels at the finest latent, then half
-    blocks: int = 2  # residual blocks a level on the way down; one more on the way up
-    branch_blocks: int = 1  # residual blocks of a branch, before it enters and again before it leaves
-    attention: str = "spatial_channel"  # spatial_channel | spatial | channel | none
-    attention_tokens: int = 1024  # levels with at most this many positions have attention
-    attention_factors: list[int] | None = None  # resolved from attention_tokens; stored with the model
-    head_channels: int = 64  # 0: one head
-    spectral_norm: bool = True
-    dropout: float = 0.35
-    dropout_schedule: str = "decreasing"  # decreasing: at the lowest resolution, linearly to 0 at the highest (PDM 3.3)
-    fourier_scale: float = 16.0  # of the time embedding
-    fir_everywhere: bool = False  # false: box and nearest re-sampling at 4x4 and below, where FIR loses signal
-    checkpoint: bool = False  # recompute blocks in the backward pass
+    NAME, KIND = "model", "flow"
+
+    image_size: list[int] = key([], at_least=1, at_most=MOST_SIDE)  # [H, W] of the images behind the latents
+    levels: list[LevelConfig] = key([])  # coarse to fine
+    # Channels at the finest latent, then at half its resolution, ...
+    widths: list[int] = key([128, 256, 256, 256], at_least=8, at_most=2**16)
+    blocks: int = key(2, at_least=1, at_most=64)  # residual blocks a level on the way down; one more on the way up
+    branch_blocks: int = key(1, at_least=0, at_most=64)  # of a branch, before it enters and again before it leaves
+    attention: str = key("spatial_channel", choices=("spatial_channel", "spatial", "channel", "none"))
+    attention_tokens: int = key(1024, at_least=0)  # levels with at most this many positions have attention
+    # Resolved from attention_tokens; stored with the model.
+    attention_factors: list[int] | None = key(None, at_least=1, at_most=MOST_SIDE)
+    head_channels: int = key(64, at_least=0, at_most=2**16)  # 0: one head
+    spectral_norm: bool = key(True)
+    dropout: float = key(0.35, at_least=0, below=1)
+    # decreasing: at the lowest resolution, linearly to 0 at the highest (PDM 3.3)
+    dropout_schedule: str = key("decreasing", choices=("decreasing", "increasing", "uniform"))
+    fourier_scale: float = key(16.0, above=0)  # of the time embedding
+    fir_everywhere: bool = key(False)  # false: box and nearest re-sampling at 4x4 and below, where FIR loses signal
+    checkpoint: bool = key(False, may_change=True)  # recompute blocks in the backward pass
 
     def __post_init__(self) -> None:
-        require_choice("model.attention", self.attention, ("spatial_channel", "spatial", "channel", "none"))
-        require_choice("model.dropout_schedule", self.dropout_schedule, ("decreasing", "increasing", "uniform"))
-        require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must lie in [0, 1)")
-        require(self.blocks >= 1, f"model.blocks is {self.blocks}; it must be at least 1")
-        require(all(w >= 8 and w % 8 == 0 for w in self.widths), f"model.widths {self.widths}: multiples of 8 only")
+        super().__post_init__()
+        require(all(w % 8 == 0 for w in self.widths), f"model.widths {self.widths}: multiples of 8 only")
         if self.image_size:
             self.resolve(self.image_size, self.levels)
 
@@ -71,63 +72,58 @@ class FlowConfig:
             ]
 
 
-@dataclass
-class ShardDataConfig:
+class ShardDataConfig(Section):
     """A shard directory made by `encode`."""
 
-    shards: str = MISSING
-    workers: int = 2
-    posterior: str = "sample"  # sample | mode: what a cached mean and log-variance become
+    NAME = "data"
 
-    def __post_init__(self) -> None:
-        require_choice("data.posterior", self.posterior, ("sample", "mode"))
+    shards: str = key(MISSING, path=True, may_change=True)
+    workers: int = key(2, at_least=0, at_most=1024, may_change=True)
+    posterior: str = key("sample", choices=("sample", "mode"))  # what a cached mean and log-variance become
 
 
-@dataclass
-class RectifiedFlowConfig:
+class RectifiedFlowConfig(Section):
     """The objective (PDM equation 7)."""
 
-    eps: float = 1e-3  # training t = min(U[eps, 1 + eps], 1); sampling runs from eps to 1
-    level_weights: list[float] | None = None  # one a level, coarse to fine; null: 1 each
-    level_shifts: list[float] | None = None  # above 1, a level becomes clear earlier than the others; null: 1 each
-    time_distribution: str = "uniform"  # uniform | logit_normal: what training draws t from
+    NAME = "rectified_flow"
 
-    def __post_init__(self) -> None:
-        require_choice("rectified_flow.time_distribution", self.time_distribution, ("uniform", "logit_normal"))
-        require(
-            all(shift > 0 for shift in self.level_shifts or []),
-            f"rectified_flow.level_shifts {self.level_shifts}: each must be above 0",
-        )
-        require(0 < self.eps < 0.1, f"rectified_flow.eps is {self.eps}; it must lie between 0 and 0.1")
+    eps: float = key(1e-3, above=0, below=0.1)  # training t = min(U[eps, 1 + eps], 1); sampling from eps to 1
+    level_weights: list[float] | None = key(None, at_least=0)  # one a level, coarse to fine; null: 1 each
+    # Above 1, a level becomes clear earlier than the others; null: 1 each.
+    level_shifts: list[float] | None = key(None, above=0, at_most=1e6)
+    time_distribution: str = key("uniform", choices=("uniform", "logit_normal"))  # what training draws t from
 
 
-@dataclass
-class SampleLogConfig:
+class SampleLogConfig(Section):
     """How the pictures in the run directory are sampled."""
 
-    seed: int = 0
-    steps: int = 50  # Euler
+    NAME = "samples"
+
+    seed: int = key(0, at_least=0, at_most=MOST_SEED)
+    steps: int = key(50, at_least=1, at_most=10**6)  # Euler
 
 
-@dataclass
-class FlowTraining:
+class FlowTraining(Section):
     """Everything `train-flow` reads."""
 
-    run_dir: str = MISSING
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    compile: bool = False
-    scaling: str = "unit"  # unit: each level to standard deviation 1 | paper: only where it exceeds 1 | channel
-    model: FlowConfig = field(default_factory=FlowConfig)
-    data: ShardDataConfig = field(default_factory=ShardDataConfig)
-    rectified_flow: RectifiedFlowConfig = field(default_factory=RectifiedFlowConfig)
-    samples: SampleLogConfig = field(default_factory=SampleLogConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    log: LogConfig = field(default_factory=LogConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    KIND = "train-flow"
+
+    run_dir: str = key(MISSING, path=True, may_change=True)
+    seed: int = key(0, at_least=0, at_most=MOST_SEED)
+    device: str = key("auto", may_change=True)
+    precision: str = key("auto", choices=("auto", "bf16", "fp32"), may_change=True)
+    compile: bool = key(False, may_change=True)
+    # unit: each level to standard deviation 1 | paper: only where it exceeds 1 | channel: mean and deviation of each
+    scaling: str = key("unit", choices=("unit", "paper", "channel"))
+    model: FlowConfig = key(FlowConfig)
+    data: ShardDataConfig = key(ShardDataConfig)
+    rectified_flow: RectifiedFlowConfig = key(RectifiedFlowConfig)
+    samples: SampleLogConfig = key(SampleLogConfig, may_change=True)
+    train: TrainConfig = key(TrainConfig)
+    ema: EmaConfig = key(EmaConfig)
+    log: LogConfig = key(LogConfig, may_change=True)
+    checkpoint: CheckpointConfig = key(CheckpointConfig, may_change=True)
 
     def __post_init__(self) -> None:
-        check_runtime(self.device, self.precision)
-        require_choice("scaling", self.scaling, ("unit", "paper", "channel"))
+        super().__post_init__()
+        check_device(self.device)

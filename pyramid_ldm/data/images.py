@@ -1,129 +1,240 @@
-"""Reading photographs: one way for training, encoding and evaluation."""
+"""Reading one photograph: one way for training, encoding and evaluation."""
 
-import hashlib
+import importlib.util
 import io
-import warnings
-from dataclasses import dataclass
+import struct
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
 from torch import Tensor
 
-from pyramid_ldm.errors import UserError
+from pyramid_ldm.data.colours import UnknownValuesError, to_srgb
+from pyramid_ldm.data.digests import UnreadableFileError, with_retries
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"})
+HEIF = importlib.util.find_spec("pillow_heif") is not None
+PLUGINS = (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)  # fmt: skip - importing one registers what it opens
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "HEIF")
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".tif", ".tiff", ".bmp"}
+    | ({".avif"} if features.check("avif") else set())
+    | ({".heic", ".heif", ".hif"} if HEIF else set())
+)
 MAX_PIXELS = 400_000_000  # a decompression bomb above this; the largest cameras make 150 million
-BACKGROUND = (255, 255, 255)  # under transparent pixels
+MAX_BYTES = 4 * 2**30  # of a file
+MAX_PROFILE = 2**24  # bytes of a colour profile
+ORIENTATION = 0x0112  # EXIF
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
-Image.MAX_IMAGE_PIXELS = None  # our own limit above is checked before decoding, and names the file
+if HEIF:
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 class UnreadableImage(Exception):
-    """A file that is not a whole image; the message names it."""
+    """A file that is not a whole image, or cannot be opened; the message names it.
 
-
-@dataclass(frozen=True)
-class ImageFile:
-    """A photograph and what its bytes hash to."""
-
-    path: str
-    digest: str  # hex; by content, so that moving or renaming a file changes nothing
-
-
-def find_images(root: Path) -> list[ImageFile]:
-    """Every image file under `root`, sorted by relative path.
-
-    Raises UserError where the folder is missing or holds no image.
+    `of_content`: whether the bytes are at fault, so that the file will be unreadable wherever it lies.
     """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; give a folder of photographs")
-    paths = sorted(
-        p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
-    )
-    if not paths:
-        raise UserError(f"{root}: holds no images ({', '.join(sorted(SUFFIXES))})")
-    return [ImageFile(str(path), content_digest(path)) for path in paths]
 
+    def __init__(self, message: str, of_content: bool = True) -> None:
+        super().__init__(message, of_content)
+        self.of_content = of_content
 
-def content_digest(path: Path) -> str:
-    """A hash of a file's size and its first and last 64 KiB: enough to tell photographs apart, and fast on large
-    folders."""
-    size = path.stat().st_size
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        digest.update(file.read(65536))
-        if size > 65536:
-            file.seek(max(65536, size - 65536))
-            digest.update(file.read(65536))
-    return digest.hexdigest()
-
-
-def folder_fingerprint(files: list[ImageFile]) -> str:
-    """A hash of a set of images, whatever their names and order."""
-    return hashlib.sha256("".join(sorted(file.digest for file in files)).encode()).hexdigest()[:16]
-
-
-def split_held_out(files: list[ImageFile], fraction: float) -> tuple[list[ImageFile], list[ImageFile]]:
-    """(training, held out): each file by its own content hash, so that adding files moves no other; the same in both
-    stages. With a fraction above 0 and two files or more, at least one is held out and one is trained on."""
-    threshold = int(fraction * 2**32)
-    held = [file for file in files if int(file.digest[:8], 16) < threshold]
-    ranked = sorted(files, key=lambda file: file.digest)
-    if fraction > 0 and not held and len(files) > 1:
-        held = ranked[:1]
-    if len(held) == len(files):
-        held = ranked[: len(files) // 2]
-    chosen = {file.digest for file in held}  # copies of one photograph stay on one side
-    return [file for file in files if file.digest not in chosen], [file for file in files if file.digest in chosen]
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def load_image(path: str, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """A file as an RGB image in sRGB: EXIF rotation applied, ICC profile converted, 16 bits scaled to 8, transparent
-    pixels over white.
+    """A file as an RGB image in sRGB: upright, ICC profile converted, values scaled from their declared range,
+    transparent pixels over white. The first picture of several. What is wrong with metadata does not matter.
 
     Args:
         at_least: (height, width) that will be needed: JPEGs may be decoded at a reduced size not below it.
 
     Raises:
-        UnreadableImage: truncated, corrupt, not an image, or more than `MAX_PIXELS`.
+        UnreadableImage: truncated, corrupt, not an image, of an unknown range, more than `MAX_PIXELS`; gone, or without
+            permission.
+        UserError: the disk fails.
     """
+    data = read_bytes(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's notes on odd EXIF data help nobody here
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UnreadableImage(f"{path}: {image.width}x{image.height} pixels exceed {MAX_PIXELS}")
-                if at_least is not None and image.format == "JPEG":
-                    side = max(at_least)  # the image may be rotated later
-                    image.draft("RGB", (side, side) if min(image.size) >= side else image.size)
-                return _to_srgb(ImageOps.exif_transpose(image))
-    except UnreadableImage:
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly anything on corrupt files
-        raise UnreadableImage(f"{path}: {type(error).__name__}: {error}") from None
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray(np.clip(np.rint(values / 257.0), 0, 255).astype(np.uint8), "L")
-    elif image.mode == "F":
-        image = Image.fromarray(np.clip(np.rint(np.asarray(image)), 0, 255).astype(np.uint8), "L")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*BACKGROUND, 255)), rgba).convert("RGB")
-    if profile and image.mode in ("RGB", "CMYK", "L"):
         try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile, or one for another mode: the values as they are
-    return image.convert("RGB")
+            return _decode(io.BytesIO(data), None, at_least)
+        except (UnreadableImage, UnknownValuesError, MemoryError):
+            raise
+        except Exception:  # plugins raise nearly anything
+            bare, profile = without_metadata(data)
+            if bare is None:
+                raise
+            return _decode(io.BytesIO(bare), profile, at_least)
+    except (UnreadableImage, UnknownValuesError) as error:
+        raise UnreadableImage(f"{path}: {error}") from None
+    except Exception as error:
+        raise UnreadableImage(f"{path}: {type(error).__name__}: {_one_line(error)}") from None
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file, of a sane size; a disk that fails is asked again (`with_retries`)."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UnreadableImage(f"{path}: more than {MAX_BYTES >> 30} GiB")
+        return data
+
+    try:
+        return with_retries(Path(path), read)
+    except UnreadableFileError as error:
+        raise UnreadableImage(f"{path}: {error.strerror}", of_content=False) from None
+    except ValueError as error:  # a name that no file can have
+        raise UnreadableImage(f"{path!r}: {error}", of_content=False) from None
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) of a file's image when upright, from its header; None where that does not tell."""
+    with path.open("rb") as file:
+        try:
+            with _open(file) as image:
+                width, height = image.size
+                turned = _orientation(image, file) in (5, 6, 7, 8)
+        except MemoryError:
+            raise
+        except Exception:
+            return None
+    return (width, height) if turned else (height, width)
+
+
+def _open(file: IO[bytes]) -> Image.Image:
+    """As Image.open does it, but of the formats above alone and without its limit on pixels, which is a global of the
+    process; ours is checked instead."""
+    start = file.read(16)
+    file.seek(0)
+    for name in FORMATS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or (accept is not None and not _accepts(accept, start)):
+            continue
+        image: Image.Image = factory(file, "")
+        if image.width * image.height > MAX_PIXELS:
+            raise UnreadableImage(f"{image.width}x{image.height} pixels exceed {MAX_PIXELS}")
+        return image
+    raise UnreadableImage(f"begins like no image that is read here ({', '.join(FORMATS)})")
+
+
+def _accepts(accept: Any, start: bytes) -> bool:
+    found = accept(start)
+    return bool(found) and not isinstance(found, str)  # a string says why not
+
+
+def _decode(file: IO[bytes], profile: bytes | None, at_least: tuple[int, int] | None) -> Image.Image:
+    with _open(file) as image:
+        if at_least is not None and image.format == "JPEG":
+            side = max(at_least)  # the image may be turned later
+            image.draft("RGB", (side, side) if min(image.size) >= side else image.size)
+        image.load()
+        profile = profile or image.info.get("icc_profile")
+        turn = UPRIGHT.get(_orientation(image, None))
+        found = to_srgb(image, profile)
+    return found.transpose(turn) if turn is not None else found
+
+
+def _orientation(image: Image.Image, file: IO[bytes] | None) -> int:
+    """EXIF's, 1 to 8; 1 where there is none or it is damaged. `file`: of an image that is not to be decoded for it."""
+    with suppress(Exception):
+        if file is not None and image.format == "PNG" and "exif" not in image.info:  # Pillow would decode all of it
+            chunks = (body for kind, body in _png_chunks(file) if kind == b"eXIf")
+            exif = Image.Exif()
+            exif.load(b"Exif\0\0" + next(chunks, b""))
+            return int(exif.get(ORIENTATION, 1))
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+def _png_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """(type, content) of every chunk; pixels are stepped over and come without content."""
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"IDAT" or length > MAX_PROFILE:
+            file.seek(length + 4, io.SEEK_CUR)
+            yield kind, b""
+            continue
+        body = file.read(length)
+        file.seek(4, io.SEEK_CUR)
+        yield kind, body
+
+
+def without_metadata(data: bytes) -> tuple[bytes | None, bytes | None]:
+    """(the same picture without what is not needed for its pixels, its colour profile); None for other formats than
+    PNG and JPEG."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _bare_png(data)
+    if data.startswith(b"\xff\xd8\xff"):
+        return _bare_jpeg(data), None
+    return None, None
+
+
+def _bare_png(data: bytes) -> tuple[bytes, bytes | None]:
+    kept, profile, at = [data[:8]], None, 8
+    while at + 12 <= len(data):
+        length, kind = struct.unpack(">I4s", data[at : at + 8])
+        end = at + 12 + length
+        if kind == b"iCCP":
+            _, _, packed = data[at + 8 : end - 4].partition(b"\0")
+            with suppress(zlib.error):
+                profile = zlib.decompressobj().decompress(packed[1:], MAX_PROFILE) or None
+        elif not kind[:1].islower() or kind in (b"tRNS", b"eXIf"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept), profile
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    kept, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        application = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        # JFIF and Adobe say how colours are stored; a profile is what its name says.
+        needed = marker in (0xE0, 0xEE) or data[at + 4 : at + 15] == b"ICC_PROFILE"
+        if not application or needed:
+            kept.append(data[at : at + 2 + length])
+        at += 2 + length
+    return b"".join([*kept, data[at:]])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def resize_and_crop(
@@ -131,23 +242,33 @@ def resize_and_crop(
 ) -> Image.Image:
     """Resizes to cover `size` (height, width) times `zoom`, keeping the aspect ratio, and cuts `size` out of it.
 
-    `top` and `left` in [0, 1] place the cut; 0.5 is the centre. One Lanczos pass.
+    `top` and `left` in [0, 1] place the cut; 0.5 is the centre. One Lanczos pass; where nothing is to be resized, the
+    image's own pixels (an odd one more at the bottom or right is left out).
     """
     height, width = size
     scale = max(height / image.height, width / image.width) * zoom  # target pixels per source pixel
+    if scale == 1:
+        x, y = int((image.width - width) * left), int((image.height - height) * top)
+        return image if image.size == (width, height) else image.crop((x, y, x + width, y + height))
     box_width, box_height = min(width / scale, image.width), min(height / scale, image.height)
-    x, y = (image.width - box_width) * left, (image.height - box_height) * top
-    if (box_width, box_height) == (width, height) == image.size:
-        return image
-    return image.resize(
-        (width, height), Image.Resampling.LANCZOS, box=(x, y, x + box_width, y + box_height), reducing_gap=3.0
-    )
+    at_x, at_y = (image.width - box_width) * left, (image.height - box_height) * top
+    box = (at_x, at_y, at_x + box_width, at_y + box_height)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB image -> (3, H, W) uint8, channels last in memory."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 -> float32 in [-1, 1]; shape and memory layout unchanged."""
+    return pixels.float().div_(127.5).sub_(1.0)
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """RGB image -> (3, H, W) float32 in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return pixels.permute(2, 0, 1).float().div_(127.5).sub_(1.0)
+    return normalise(to_pixels(image))
 
 
 def to_uint8(images: Tensor) -> Tensor:

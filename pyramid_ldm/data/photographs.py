@@ -1,15 +1,20 @@
 """The data set of stage one: photographs by position, cropped and mirrored deterministically."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyramid_ldm.data.images import ImageFile, UnreadableImage, load_image, resize_and_crop, to_tensor
+from pyramid_ldm.data.folder import ImageFile
+from pyramid_ldm.data.images import UnreadableImage, load_image, normalise, resize_and_crop, to_pixels
+from pyramid_ldm.data.loading import Travelling
 from pyramid_ldm.data.order import item_at
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.randomness import uniform
+
+Place = tuple[float, float, float]  # zoom, top, left
 
 
 @dataclass(frozen=True)
@@ -20,71 +25,109 @@ class Preprocessing:
     crop: str = "center"  # center | random
     zoom: float = 1.0
     flip: bool = True
+    upscale: bool = False  # whether smaller photographs are enlarged; otherwise they count as unreadable
+
+    def place(self, seed: int, purpose: str, *index: int) -> Place:
+        """Which crop: the centre, or what (seed, purpose, index) draws."""
+        if self.crop == "center":
+            return 1.0, 0.5, 0.5
+        drawn = (uniform(seed, f"{purpose}{name}", *index) for name in ("zoom", "top", "left"))
+        zoom, top, left = drawn
+        return self.zoom**zoom, top, left
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A file that was skipped."""
+
+    digest: str
+    message: str
+    of_content: bool  # see UnreadableImage
 
 
 @dataclass
-class ImageBatch:
+class ImageBatch(Travelling):
     """Images of consecutive positions."""
 
-    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    pixels: Tensor  # (B, H, W, 3) uint8
     positions: list[int]
     files: list[str]
-    unreadable: list[str]  # messages of the files that were skipped on the way
+    bad: list[BadFile] = field(default_factory=list)  # what was skipped on the way
 
-    def pin_memory(self) -> "ImageBatch":
-        """For the loader's pinned transfers."""
-        return ImageBatch(self.images.pin_memory(), self.positions, self.files, self.unreadable)
-
-
-def load_crop(path: str, size: tuple[int, int], *, zoom: float, top: float, left: float) -> Tensor:
-    """One image, (3, H, W) in [-1, 1]."""
-    needed = (int(size[0] * zoom + 1), int(size[1] * zoom + 1))
-    return to_tensor(resize_and_crop(load_image(path, needed), size, zoom=zoom, top=top, left=left))
+    def images(self, device: torch.device) -> Tensor:
+        """(B, 3, H, W) float32 in [-1, 1], channels last, on `device`: a quarter of the bytes is moved."""
+        return normalise(self.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
 
 
-class Photographs(Dataset[tuple[Tensor, int, str, list[str]]]):
-    """Training images by position of the run: item p is (image, p, file, what could not be read)."""
+def load_pixels(path: str, size: tuple[int, int], place: Place, *, upscale: bool = False) -> Tensor:
+    """One crop of `size` (height, width), (3, H, W) uint8. UnreadableImage also where the photograph is smaller, unless
+    `upscale`."""
+    zoom, top, left = place
+    image = load_image(path, (int(size[0] * zoom + 1), int(size[1] * zoom + 1)))
+    if not upscale and (image.height < size[0] or image.width < size[1]):
+        raise UnreadableImage(
+            f"{path}: {image.height}x{image.width}, smaller than {size[0]}x{size[1]} (height x width)"
+        )
+    return to_pixels(resize_and_crop(image, size, zoom=zoom, top=top, left=left))
 
-    def __init__(self, files: list[ImageFile], preprocessing: Preprocessing, seed: int) -> None:
-        self.files, self.preprocessing, self.seed = files, preprocessing, seed
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int, str, list[str]]:
-        look, seed = self.preprocessing, self.seed
-        zoom, top, left = 1.0, 0.5, 0.5
-        if look.crop == "random":
-            zoom = look.zoom ** uniform(seed, "zoom", position)
-            top, left = uniform(seed, "top", position), uniform(seed, "left", position)
-        unreadable: list[str] = []
-        first = item_at(position, len(self.files), seed)
+def load_crop(
+    path: str, size: tuple[int, int], *, zoom: float = 1.0, top: float = 0.5, left: float = 0.5, upscale: bool = False
+) -> Tensor:
+    """One crop, (3, H, W) float32 in [-1, 1]."""
+    return normalise(load_pixels(path, size, (zoom, top, left), upscale=upscale))
+
+
+class Photographs(Dataset[tuple[Tensor, int, str, list[BadFile]]]):
+    """Training images by position of the run: item p is (pixels (3, H, W) uint8, p, file, what was skipped).
+
+    Args:
+        known_bad: digests of files that are not tried again; they keep their places, so that no other file moves.
+    """
+
+    def __init__(
+        self, files: Sequence[ImageFile], preprocessing: Preprocessing, seed: int, known_bad: Collection[str] = ()
+    ) -> None:
+        self.files, self.preprocessing, self.seed = list(files), preprocessing, seed
+        self.known_bad = frozenset(known_bad)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int, str, list[BadFile]]:
+        look, bad = self.preprocessing, list[BadFile]()
+        place = look.place(self.seed, "", position)
+        first = item_at(position, len(self.files), self.seed)
         for offset in range(len(self.files)):  # an unreadable file is replaced by the next one
-            path = self.files[(first + offset) % len(self.files)].path
-            try:
-                image = load_crop(path, look.image_size, zoom=zoom, top=top, left=left)
-            except UnreadableImage as error:
-                unreadable.append(str(error))
+            file = self.files[(first + offset) % len(self.files)]
+            if file.digest in self.known_bad:
                 continue
-            if look.flip and uniform(seed, "flip", position) < 0.5:
-                image = image.flip(-1)
-            return image, position, path, unreadable
-        raise UserError(f"none of the {len(self.files)} images can be read; the first: {unreadable[0]}")
+            try:
+                pixels = load_pixels(file.path, look.image_size, place, upscale=look.upscale)
+            except UnreadableImage as error:
+                bad.append(BadFile(file.digest, str(error), error.of_content))
+                continue
+            if look.flip and uniform(self.seed, "flip", position) < 0.5:
+                pixels = pixels.flip(-1)
+            return pixels, position, file.path, bad
+        first_fault = f"; the first: {bad[0].message}" if bad else ""
+        raise UserError(f"none of the {len(self.files)} images can be read{first_fault}")
 
 
-def collate_images(items: list[tuple[Tensor, int, str, list[str]]]) -> ImageBatch:
+def collate_images(items: list[tuple[Tensor, int, str, list[BadFile]]]) -> ImageBatch:
     """Items of `Photographs` to one batch."""
-    images, positions, files, unreadable = zip(*items, strict=True)
-    return ImageBatch(torch.stack(images), list(positions), list(files), [m for part in unreadable for m in part])
+    pixels, positions, files, bad = zip(*items, strict=True)
+    batch = torch.stack([image.permute(1, 2, 0) for image in pixels])
+    return ImageBatch(batch, list(positions), list(files), [one for part in bad for one in part])
 
 
-def load_held_out(files: list[ImageFile], size: tuple[int, int], count: int) -> Tensor:
-    """Up to `count` centre crops, (N, 3, H, W); unreadable files are left out."""
-    images: list[Tensor] = []
+def crops_to_examine(
+    files: Sequence[ImageFile], look: Preprocessing, seed: int, bad: list[BadFile]
+) -> Iterator[tuple[ImageFile, Tensor]]:
+    """(file, (3, H, W) in [-1, 1]) of each file that can be read, cut as training cuts, always at the same place;
+    others are added to `bad`."""
     for file in files:
-        if len(images) == count:
-            break
         try:
-            images.append(load_crop(file.path, size, zoom=1.0, top=0.5, left=0.5))
-        except UnreadableImage:
+            place = look.place(seed, "examine ", int(file.digest[:8], 16))
+            pixels = load_pixels(file.path, look.image_size, place, upscale=look.upscale)
+        except UnreadableImage as error:
+            bad.append(BadFile(file.digest, str(error), error.of_content))
             continue
-    if not images:
-        raise UserError(f"none of {len(files)} held-out images can be read")
-    return torch.stack(images)
+        yield file, normalise(pixels)

@@ -2,32 +2,33 @@
 
 A row holds the means of all levels, then (KL) the log-variances of all levels, each coarse to fine in C, H, W order.
 `NNNNN.json` beside a shard is its sidecar: it is written after the shard, so that a killed `encode` resumes at the
-first shard without one. `index.json` is written last.
+first shard without one. `index.json` is written last. Both say what their own content hashes to.
 """
 
+import hashlib
 import json
 import math
+import os
 import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from pyramid_ldm.data.order import item_at
+from pyramid_ldm.data.digests import Facts, UnreadableFileError, facts_of, with_retries
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.files import read_json, sha256, write_atomic, write_json
-from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, flatten, level_shapes, unflatten
-from pyramid_ldm.randomness import generator, uniform
+from pyramid_ldm.files import read_sealed, sealed, sha256, write_atomic, write_json
+from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, level_shapes, unflatten
 
-FORMAT = 1
+FORMAT = 2
 INDEX = "index.json"
+DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+MOST_HEADER = 2**20  # bytes; ours are a hundred
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Plan:
     validation: float
     seed: int
     shard_size: int
+    upscale: bool = True  # whether photographs smaller than image_size are in it, enlarged
 
     def latent_levels(self) -> list[LatentLevel]:
         """The levels as objects."""
@@ -76,8 +78,21 @@ def shard_paths(directory: Path, number: int) -> tuple[Path, Path]:
     return directory / f"{number:05d}.safetensors", directory / f"{number:05d}.json"
 
 
-def write_shard(directory: Path, number: int, plan: Plan, records: Tensor, rows: Sequence[Row]) -> None:
-    """The shard, then its sidecar, each atomically. UserError if a value does not fit float16."""
+def write_shard(
+    directory: Path,
+    number: int,
+    plan: Plan,
+    records: Tensor,
+    rows: Sequence[Row],
+    missing: dict[str, str],
+    gone: dict[str, str],
+) -> None:
+    """The shard, then its sidecar, each atomically. UserError if a value does not fit float16.
+
+    Args:
+        missing: files that should be in it and are no images: digest, message.
+        gone: images that should be in it and could not be opened; the next `encode` makes the shard again.
+    """
     if not torch.isfinite(records).all():
         raise UserError(
             f"{directory}: a latent of shard {number} is not finite in {plan.dtype}; encode with --dtype float32"
@@ -86,48 +101,73 @@ def write_shard(directory: Path, number: int, plan: Plan, records: Tensor, rows:
     write_atomic(shard, lambda path: save_file({"records": records.contiguous()}, path))
     write_json(
         sidecar,
-        {
-            "format": FORMAT,
-            "plan": asdict(plan),
-            "sha256": sha256(shard),
-            "rows": [list(asdict(r).values()) for r in rows],
-        },
+        sealed(
+            {
+                "format": FORMAT,
+                "plan": asdict(plan),
+                "sha256": sha256(shard),
+                "missing": missing,
+                "gone": gone,
+                "rows": [list(asdict(r).values()) for r in rows],
+            }
+        ),
     )
 
 
 def has_shard(directory: Path, number: int, plan: Plan) -> bool:
-    """Whether a shard is there, whole, and of this plan; UserError where it is of another."""
+    """Whether a shard is there, whole, with all that can be in it, and of this plan; UserError where of another."""
     shard, sidecar = shard_paths(directory, number)
     if not (shard.is_file() and sidecar.is_file()):
         return False
-    found = read_json(sidecar, "delete the shard directory and run encode again")
+    try:
+        found = read_sealed(sidecar, "", FORMAT)
+    except UserError:  # it is written again
+        return False
     check_plan(directory, found.get("plan"), plan)
-    return bool(found["sha256"] == sha256(shard))
+    return found["sha256"] == sha256(shard) and not found.get("gone")
 
 
 def check_plan(directory: Path, found: Any, plan: Plan) -> None:
     """Refuses a cache made by another autoencoder, of other images, or with other preprocessing."""
     for key, value in asdict(plan).items():
-        if not isinstance(found, dict) or found.get(key) != value:
-            other = found.get(key) if isinstance(found, dict) else None
+        other = found.get(key) if isinstance(found, dict) else None
+        if other != value:
             raise UserError(
                 f"{directory}: holds latents made with {key} = {other}, not {value}; use another --out, or delete it"
             )
 
 
-def write_index(directory: Path, plan: Plan, count: int) -> None:
-    """Statistics over the whole cache, then `index.json`."""
-    shards, totals = [], _Totals(plan)
+def write_index(directory: Path, plan: Plan, count: int, unopened: Sequence[str]) -> int:
+    """Statistics over the whole cache, then `index.json`. Returns how many images are missing.
+
+    Args:
+        unopened: a message for each file of the folder that nothing is known of, for it could not be opened.
+    """
+    shards, totals, missing = [], _Totals(plan), dict[str, str]()
     for number in range(count):
-        shard, sidecar = shard_paths(directory, number)
-        content = read_json(sidecar, "run encode again")
-        records = map_records(shard)
-        totals.add(records)
-        shards.append({"file": shard.name, "count": len(records), "sha256": content["sha256"]})
-    write_json(
-        directory / INDEX,
-        {"format": FORMAT, "plan": asdict(plan), "statistics": totals.result(), "shards": shards},
-    )
+        path, sidecar = shard_paths(directory, number)
+        content = read_sealed(sidecar, "run encode again", FORMAT)
+        shard = Shard.open(path, plan)
+        totals.add(shard)
+        missing |= content["missing"] | content["gone"]
+        shards.append({"file": path.name, "count": shard.count, "sha256": content["sha256"]})
+    statistics = totals.result()
+    index = {
+        "format": FORMAT, "plan": asdict(plan), "statistics": statistics, "missing": missing,
+        "unopened": list(unopened), "shards": shards,
+    }  # fmt: skip
+    write_json(directory / INDEX, sealed(index))
+    return count_missing(index)
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """`index.json` of a finished cache."""
+    return read_sealed(directory / INDEX, "delete it and run encode again", FORMAT)
+
+
+def count_missing(index: dict[str, Any]) -> int:
+    """How many images of the folder a finished cache lacks."""
+    return len(index.get("missing", ())) + len(index.get("unopened", ()))
 
 
 class _Totals:
@@ -139,9 +179,9 @@ class _Totals:
         self.sum, self.square, self.variance = ([z.copy() for z in zeros] for _ in range(3))
         self.count = [0] * len(plan.levels)
 
-    def add(self, records: NDArray[Any]) -> None:
-        for start in range(0, len(records), 256):
-            rows = torch.from_numpy(np.array(records[start : start + 256])).double()
+    def add(self, shard: "Shard") -> None:
+        for start in range(0, shard.count, 256):
+            rows = shard.read(start, min(256, shard.count - start)).double()
             means, variances = split_record(rows, self.plan)
             for i, mean in enumerate(means):
                 self.sum[i] += mean.sum(dim=(0, 2, 3)).numpy()
@@ -156,18 +196,11 @@ class _Totals:
         for i, n in enumerate(self.count):
             if n == 0:
                 raise UserError("not one of the images could be read: there is nothing to encode")
-            mean = self.sum[i] / n
-            second = (self.square[i] + self.variance[i]) / n  # E[z^2] a channel
+            mean, second = self.sum[i] / n, (self.square[i] + self.variance[i]) / n  # E[z], E[z^2] a channel
             whole = float(np.sqrt(np.maximum(second.mean() - mean.mean() ** 2, 1e-12)))
             channel = np.sqrt(np.maximum(second - mean**2, 1e-12))
-            found.append(
-                {
-                    "std": whole,
-                    "mean": float(mean.mean()),
-                    "channel_mean": mean.tolist(),
-                    "channel_std": channel.tolist(),
-                }
-            )
+            channels = {"channel_mean": mean.tolist(), "channel_std": channel.tolist()}
+            found.append({"std": whole, "mean": float(mean.mean()), **channels})
         return found
 
 
@@ -179,50 +212,119 @@ def split_record(rows: Tensor, plan: Plan) -> tuple[Pyramid, Pyramid | None]:
     return unflatten(mean, plan.shapes()), unflatten(log_variance, plan.shapes())
 
 
-def map_records(path: Path) -> NDArray[Any]:
-    """The `records` tensor of a shard, memory-mapped: (N, D), float16 or float32."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        entry = json.loads(file.read(length))["records"]
-    dtype = {"F16": np.float16, "F32": np.float32}[entry["dtype"]]
-    if entry["shape"][0] == 0:  # no image of this shard could be read; an empty file cannot be mapped
-        return np.zeros(tuple(entry["shape"]), dtype)
-    return np.memmap(path, dtype, "r", offset=8 + length + entry["data_offsets"][0], shape=tuple(entry["shape"]))
+def _state_of(file: IO[bytes]) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the records of a shard lie. A read opens it and closes it again: caches have thousands of shards."""
+
+    path: Path
+    dtype: str  # F16 | F32
+    count: int
+    width: int
+    offset: int  # bytes before the first record
+    state: tuple[int, ...]  # device, inode, size and time of the file
+
+    @classmethod
+    def open(cls, path: Path, plan: Plan) -> "Shard":
+        """Reads the header. UserError where the file is not whole, or not a shard of this plan."""
+
+        def read() -> tuple[tuple[int, ...], bytes]:
+            with path.open("rb") as file:
+                state, start = _state_of(file), file.read(8)
+                length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+                return state, file.read(length) if 0 < length <= MOST_HEADER else b""
+
+        try:
+            state, header = with_retries(path, read)
+            entry = json.loads(header)["records"]
+            dtype, (count, width), (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            whole = all(isinstance(n, int) and n >= 0 for n in (count, width, begin, end))
+            offset = 8 + len(header) + begin
+            expected = {"float16": "F16", "float32": "F32"}[plan.dtype]
+            whole &= dtype == expected and width == plan.record_length() and 8 + len(header) + end == state[2]
+            whole &= end - begin == count * width * DTYPES[expected].itemsize
+        except UnreadableFileError as error:
+            raise UserError(f"{path}: {error.strerror}; copy the shard directory whole, or run encode again") from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise UserError(f"{path}: truncated or damaged; copy it again, or run the same encode again")
+        return cls(path, dtype, count, width, offset, state)
+
+    def read(self, row: int, count: int = 1) -> Tensor:
+        """Records from `row` on, (count, D), float16 or float32. UserError where the file is not as it was opened."""
+        kind = DTYPES[self.dtype]
+        size = count * self.width * kind.itemsize
+
+        def read() -> bytes | None:
+            with self.path.open("rb") as file:
+                if _state_of(file) != self.state:
+                    return None
+                file.seek(self.offset + row * self.width * kind.itemsize)
+                return file.read(size)
+
+        try:
+            data = with_retries(self.path, read)
+        except UnreadableFileError as error:
+            raise UserError(f"{self.path}: {error.strerror}; it was there when training began") from None
+        if data is None or len(data) != size:
+            raise UserError(f"{self.path}: has changed since it was opened; run the same command again to go on")
+        return torch.from_numpy(np.frombuffer(bytearray(data), kind).reshape(count, self.width))
 
 
 class LatentCache:
     """A finished shard directory.
 
-    Raises UserError where the index is missing (encode has not finished), of another version, or a shard is gone.
+    Raises UserError where the index is missing (encode has not finished), of another version, or a shard is gone or
+    damaged, as far as headers and sidecars tell; `verify` looks at every byte.
     """
 
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; make it with `pyramid-ldm encode AE_RUN --data DATA`")
-        index = read_json(directory / INDEX, "encode has not finished: run the same `pyramid-ldm encode` again")
-        if index.get("format") != FORMAT:
-            raise UserError(f"{directory / INDEX}: format {index.get('format')}, this version reads {FORMAT}")
+        again = "copy the shard directory whole, or run the same `pyramid-ldm encode` again"
+        if not (directory / INDEX).exists():
+            again = "encode has not finished: run the same `pyramid-ldm encode` again"
+        index = read_sealed(directory / INDEX, again, FORMAT)
+        try:
+            self.plan = Plan(**index["plan"])
+            self.statistics: list[dict[str, Any]] = index["statistics"]
+            self.missing = count_missing(index)
+            entries = [(entry["file"], entry["count"], entry["sha256"]) for entry in index["shards"]]
+        except (KeyError, TypeError):
+            raise UserError(f"{directory / INDEX}: was written by another version; run encode again") from None
         self.directory = directory
-        self.plan = Plan(**index["plan"])
-        self.statistics: list[dict[str, Any]] = index["statistics"]
-        self.shards: list[NDArray[Any] | None] = []
+        self.shards: list[Shard] = []
+        self.hashes: list[str] = []
         self.rows: list[Row] = []
         self.place: list[tuple[int, int]] = []  # row -> (shard, row in it)
-        for number, entry in enumerate(index["shards"]):
-            path = directory / entry["file"]
-            if not path.is_file():
-                raise UserError(f"{path}: not found; copy the shard directory whole, or run encode again")
-            try:
-                self.shards.append(map_records(path))
-            except (ValueError, KeyError, struct.error):
-                raise UserError(f"{path}: truncated or damaged; copy it again, or run encode again") from None
-            sidecar = read_json(path.with_suffix(".json"), "copy the shard directory whole, or run encode again")
+        for number, (name, count, digest) in enumerate(entries):
+            path = directory / Path(name).name
+            shard = Shard.open(path, self.plan)
+            sidecar = read_sealed(path.with_suffix(".json"), again, FORMAT)
+            if shard.count != count or sidecar.get("sha256") != digest or len(sidecar.get("rows", ())) != count:
+                raise UserError(f"{path}: is not the shard that {INDEX} lists; {again}")
+            self.shards.append(shard)
+            self.hashes.append(digest)
             self.rows += [Row(*row) for row in sidecar["rows"]]
-            self.place += [(number, i) for i in range(entry["count"])]
+            self.place += [(number, i) for i in range(count)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A loader's worker that is not forked gets a pickle: of paths, not of the maps' gigabytes.
-        return self.__dict__ | {"shards": [None] * len(self.shards)}
+    def verify(self) -> None:
+        """Holds every shard against its hash (one that was whole before and is unchanged is not read again)."""
+        paths = [shard.path for shard in self.shards]
+        facts = facts_of(paths, "shard", lambda path: "", f"{self.directory}: checking shards")
+        for path, found, digest in zip(paths, facts, self.hashes, strict=True):
+            if not (isinstance(found, Facts) and digest.startswith(found.digest)):
+                raise UserError(f"{path}: damaged (not what {INDEX} says); copy it again, or run the same encode again")
+
+    def identity(self) -> dict[str, Any]:
+        """What the latents are, wherever they lie: two caches with one identity hold the same records in one order."""
+        rows = hashlib.sha256(json.dumps([list(asdict(row).values()) for row in self.rows]).encode())
+        return asdict(self.plan) | {"rows": rows.hexdigest()[:16]}
 
     def indices(self, split: str) -> list[int]:
         """Rows of one split."""
@@ -231,10 +333,7 @@ class LatentCache:
     def read(self, index: int) -> Tensor:
         """One record, (D,), float32."""
         number, row = self.place[index]
-        shard = self.shards[number]
-        if shard is None:
-            shard = self.shards[number] = map_records(shard_paths(self.directory, number)[0])
-        return torch.from_numpy(np.array(shard[row])).float()  # torch converts ten times as fast as NumPy
+        return self.shards[number].read(row)[0].float()
 
     def scaling(self, mode: str) -> LatentScaling:
         """unit: each level divided by its std; paper: only levels whose std exceeds 1 (PDM section 4.1); channel:
@@ -249,38 +348,3 @@ class LatentCache:
             means.append((0.0,) * channels)
             stds.append((1.0 if mode == "paper" and std < 1 else std,) * channels)
         return LatentScaling(tuple(means), tuple(stds))
-
-
-class LatentRecords(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
-    """Stage two's data by position of the run: item p is (raw latents (D/2,), noise (D/2,), uniform for t, p).
-
-    Everything random at p is a function of (seed, p): the row, the posterior sample, the noise and the time.
-    """
-
-    def __init__(self, cache: LatentCache, rows: list[int], seed: int, posterior: str, shuffle: bool = True) -> None:
-        self.cache, self.rows, self.seed, self.posterior, self.shuffle = cache, rows, seed, posterior, shuffle
-
-    def __getitem__(self, position: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        place = item_at(position, len(self.rows), self.seed) if self.shuffle else position % len(self.rows)
-        record = self.cache.read(self.rows[place])
-        if self.cache.plan.has_variance:
-            mean, log_variance = record.chunk(2)
-            if self.posterior == "sample":
-                noise = torch.randn(mean.shape, generator=generator(self.seed, "posterior", position))
-                mean = mean + (0.5 * log_variance).exp() * noise
-        else:
-            mean = record
-        noise = torch.randn(mean.shape, generator=generator(self.seed, "noise", position))
-        return mean, noise, torch.tensor(uniform(self.seed, "time", position)), position
-
-
-def collate_latents(items: list[tuple[Tensor, Tensor, Tensor, int]]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """Items of `LatentRecords` to one batch."""
-    latents, noise, time, positions = zip(*items, strict=True)
-    return torch.stack(latents), torch.stack(noise), torch.stack(time), list(positions)
-
-
-def make_record(mean: Pyramid, log_variance: Pyramid | None, dtype: str) -> Tensor:
-    """(B, D) records of a batch, on the CPU."""
-    parts = [flatten(mean)] + ([] if log_variance is None else [flatten(log_variance)])
-    return torch.cat(parts, dim=1).to(getattr(torch, dtype)).cpu()

@@ -10,13 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.data.images import find_images, split_held_out, to_tensor
-from pyramid_ldm.data.photographs import load_held_out
+from pyramid_ldm.data.folder import find_images, split_held_out
+from pyramid_ldm.data.images import to_tensor
+from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.evaluation.figures import comparison_grid, grid, latents_sheet
 from pyramid_ldm.evaluation.metrics import bicubic, psnr
 from pyramid_ldm.evaluation.report import Chart, Curve, Section, read_curve, write_report
-from pyramid_ldm.files import write_atomic
+from pyramid_ldm.files import write_atomic, write_json
+from pyramid_ldm.ownership import claim
+from pyramid_ldm.pictures import write_png
 from pyramid_ldm.pyramid import Pyramid
 
 SCALE = 2  # pictures of pictures are enlarged by this
@@ -36,7 +39,7 @@ class Figures:
 
 def render_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
     """Landscapes 0 to `count` - 1 as PNGs; those already there are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, "photographs", "--out")
     for index in range(count):
         path = folder / f"{index:05d}.png"
         if not path.exists():
@@ -58,7 +61,8 @@ def make_pictures(out: Path, seconds: float) -> Figures:
     autoencoder = PyramidAutoencoder.from_pretrained(out / "ae")
     config = autoencoder.config
     train, held_out = split_held_out(find_images(out / "photographs"), 0.05)
-    images = load_held_out(held_out, (config.image_size[0], config.image_size[1]), len(held_out))
+    size = (config.image_size[0], config.image_size[1])
+    images = torch.stack([load_crop(file.path, size) for file in held_out])
     latents = autoencoder.encode(images).mode()
     decoded = autoencoder.decode(latents).clamp(-1, 1)
     values = sum(level[0].numel() for level in latents)
@@ -79,7 +83,7 @@ def make_pictures(out: Path, seconds: float) -> Figures:
     save(out / "neighbours.png", enlarge(comparison_grid(samples[:SHOWN], training[index[:SHOWN]])))
     means: Pyramid = tuple(level.mean(dim=(0, 2, 3), keepdim=True) for level in latents)
     save(out / "latents.png", latents_sheet(autoencoder, images[most_varied(images)], means, scale=SCALE))
-    (out / "figures.json").write_text(json.dumps(vars(figures), indent=1) + "\n")
+    write_json(out / "figures.json", {"kind": "demo", **vars(figures)})
     report(out, figures, seconds)
     return figures
 
@@ -96,7 +100,7 @@ def enlarge(image: Image.Image) -> Image.Image:
 
 def save(path: Path, image: Image.Image) -> None:
     """As PNG, in one step."""
-    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", optimize=True))
+    write_png(image, path, {"what": path.stem})
 
 
 def report(out: Path, figures: Figures, seconds: float) -> None:

@@ -3,24 +3,36 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
-from pyramid_ldm.data.images import ImageFile, find_images, split_held_out
+from pyramid_ldm.data.folder import ImageFile, list_images
+from pyramid_ldm.data.images import image_size
 from pyramid_ldm.data.shards import INDEX
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
 from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
-from pyramid_ldm.evaluation.reference import Reference, centre_crops, distances, round_trip, sample_features
-from pyramid_ldm.files import recover_directory, sha256, write_json
+from pyramid_ldm.evaluation.reference import (
+    EVERY,
+    Choice,
+    Reference,
+    centre_crops,
+    distances,
+    round_trip,
+    sample_features,
+)
+from pyramid_ldm.evaluation.sampling import OWN, SAMPLES
+from pyramid_ldm.files import read_lines, sha256, write_json
+from pyramid_ldm.ownership import claim_file, keep_apart
+from pyramid_ldm.pictures import read_record
 from pyramid_ldm.pipeline import MANIFEST, PyramidPipeline, SolverOptions
 from pyramid_ldm.pyramid import latent_values
 
@@ -28,6 +40,7 @@ Figures = dict[str, float]  # psnr, ssim, lpips; with Inception also rfid, rkid
 Metric = Callable[[Tensor, Tensor], Tensor | float]  # LPIPS of (1, 3, H, W) and its target
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 FEW = 100  # photographs
+KIND = "evaluation"  # of a JSON file
 
 
 @dataclass(frozen=True)
@@ -38,20 +51,11 @@ class Evaluation:
     bf16: bool
     inception: Path | None = None
     lpips: str | None = None  # VGG-16's weights, for an autoencoder
-    held_out: float | None = None  # only the photographs held out at this `data.validation`
+    choice: Choice = EVERY  # which photographs
     count: int | None = None  # photographs for an autoencoder, samples of a flow, pictures of a folder
     seed: int = 0  # of samples
     options: SolverOptions = field(default_factory=SolverOptions)
     batch_size: int = 32  # of samples
-
-    def photographs(self, folder: Path) -> list[ImageFile]:
-        """Those to compare with."""
-        files = find_images(folder)
-        if self.held_out is None:
-            return files
-        if not 0 < self.held_out < 1:
-            raise UserError(f"--held-out {self.held_out:g}: give the run's data.validation, between 0 and 1")
-        return split_held_out(files, self.held_out)[1]
 
     def network(self) -> Inception:
         """Inception. UserError where none was given."""
@@ -65,7 +69,7 @@ class Evaluation:
         if self.inception is not None:
             inception = {"sha256": sha256(self.inception)[:16], "resize": "299x299, bicubic, anti-aliased"}
         return {
-            "held_out": self.held_out, "precision": "bf16" if self.bf16 else "fp32", "inception": inception,
+            "held_out": self.choice.held_out, "precision": "bf16" if self.bf16 else "fp32", "inception": inception,
             "lpips": self.lpips,
         }  # fmt: skip
 
@@ -73,8 +77,6 @@ class Evaluation:
 def evaluate(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
     """Figures of `path`, a run or model of either stage, or a folder of pictures, beside the photographs of `data`; and
     the same as text. UserError where `path` is none of these."""
-    if path.is_dir():
-        recover_directory(path / "model")
     homes = (path, path / "model")
     if any((home / MANIFEST).is_file() for home in homes):
         stage = evaluate_flow
@@ -84,23 +86,30 @@ def evaluate(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], s
         raise UserError(f"{path}: is no run that has saved a model, and no folder of pictures")
     else:
         stage = evaluate_pictures
-    files = how.photographs(data)
-    share = "" if how.held_out is None else f" held out at {how.held_out:g}"
-    print(f"evaluate: {path} beside {len(files)} photographs of {data}{share}; {how.device}", file=sys.stderr)
-    figures, text = stage(path, files, how)
+    figures, text = stage(path, data, how)
     if how.inception is not None and figures["photographs"] < FEW:
         text += f"\nWith fewer than {FEW} photographs, FID and KID say little."
-    return {"of": str(path), "data": str(data)} | figures | how.record(), text
+    return {"kind": KIND, "of": str(path), "data": str(data)} | figures | how.record(), text
 
 
-def evaluate_autoencoder(path: Path, files: Sequence[ImageFile], how: Evaluation) -> tuple[dict[str, Any], str]:
+def photographs(path: Path, data: Path, size: tuple[int, int], how: Evaluation) -> list[ImageFile]:
+    """Those to compare with; says so."""
+    files = how.choice.files(data, size)
+    share = "" if how.choice.held_out is None else f" held out at {how.choice.held_out:g}"
+    print(f"evaluate: {path} beside {len(files)} photographs of {data}{share}; {how.device}", file=sys.stderr)
+    return files
+
+
+def evaluate_autoencoder(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
     """PSNR, SSIM, LPIPS, rFID and rKID of reconstructed centre crops, and of bicubic thumbnails of as many values."""
     autoencoder = PyramidAutoencoder.from_pretrained(path).to(how.device)
     height, width = autoencoder.config.image_size
+    files = photographs(path, data, (height, width), how)
     inception = how.network() if how.inception else None
     perceptual = PerceptualLoss(how.lpips, how.device).in_parts if how.lpips else None
     values = latent_values(autoencoder.levels, (height, width))
-    crops = centre_crops([file.path for file in files[: how.count]], (height, width), "photographs")
+    paths = [file.path for file in files[: how.count]]
+    crops = centre_crops(paths, (height, width), "photographs", how.choice)
     ways = {
         "reconstructed": lambda images: round_trip(autoencoder, images, bf16=how.bf16),
         "bicubic": lambda images: bicubic(images.cpu(), values).to(images.device),
@@ -115,12 +124,13 @@ def evaluate_autoencoder(path: Path, files: Sequence[ImageFile], how: Evaluation
     return figures, "\n".join([head, *columns(rows)])
 
 
-def evaluate_flow(path: Path, files: Sequence[ImageFile], how: Evaluation) -> tuple[dict[str, Any], str]:
+def evaluate_flow(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
     """FID and KID of samples; and of as many photographs, as they are and through the autoencoder."""
     inception = how.network()
     pipeline = PyramidPipeline.from_pretrained(path).to(how.device)
     height, width = pipeline.autoencoder.config.image_size
-    reference = Reference.of_images(files, (height, width), inception)
+    files = photographs(path, data, (height, width), how)
+    reference = Reference.of_images(files, (height, width), inception, how.choice)
     features, evaluations = sample_features(
         pipeline, inception, how.count or len(reference.images), how.seed, how.options,
         batch_size=how.batch_size, bf16=how.bf16,
@@ -136,44 +146,61 @@ def evaluate_flow(path: Path, files: Sequence[ImageFile], how: Evaluation) -> tu
     return figures, "\n".join([head, *lines])
 
 
-def evaluate_pictures(path: Path, files: Sequence[ImageFile], how: Evaluation) -> tuple[dict[str, Any], str]:
+def evaluate_pictures(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
     """The same of a folder of pictures, for example of `pyramid-ldm sample`; photographs are cut to their size."""
     inception = how.network()
     pictures = pictures_of(path)[: how.count]
     size = size_of(pictures, path)
-    features = [inception(batch) for _, batch in centre_crops(pictures, size, "pictures")]
+    files = photographs(path, data, size, how)
+    features = [inception(batch) for _, batch in centre_crops(pictures, size, "pictures", how.choice)]
     if not features:
         raise UserError(f"{path}: no picture could be read")
-    reference = Reference.of_images(files, size, inception)
+    reference = Reference.of_images(files, size, inception, how.choice)
     figures, lines = compare(torch.cat(features), reference, inception, how)
     return {"what": "pictures"} | figures, "\n".join([f"pictures of {path}", *lines])
 
 
 def pictures_of(folder: Path) -> list[str]:
-    """What `sample` drew there, without its grid; of another folder, every image."""
-    listed = folder / "samples.jsonl"
-    if not listed.is_file():
-        return [file.path for file in find_images(folder)]
-    names: dict[str, None] = {}
-    for line in listed.read_text(encoding="utf-8").splitlines():
-        try:
-            names[json.loads(line)["file"]] = None
-        except (ValueError, KeyError, TypeError):
-            continue  # a killed `sample` may leave half a line
-    if not names:
-        raise UserError(f"{listed}: names no picture; run `pyramid-ldm sample` again")
-    return [str(folder / name) for name in names]
+    """What `sample` drew there, without its grid; of another folder, every image. UserError where pictures of several
+    checkpoints, or drawn in several ways, are mixed."""
+    if (folder / SAMPLES).is_file():
+        named = dict.fromkeys(str(line.get("file")) for line in read_lines(folder / SAMPLES) if line.get("file"))
+        pictures = [str(folder / name) for name in named]
+        if not pictures:
+            raise UserError(f"{folder / SAMPLES}: names no picture; run `pyramid-ldm sample` again")
+    else:
+        pictures = list_images(folder).files
+    refuse_mixtures(pictures, folder)
+    return pictures
+
+
+def refuse_mixtures(pictures: Sequence[str], folder: Path) -> None:
+    """UserError where what the pictures say of themselves differs in more than seed, index and time."""
+    first: tuple[str, dict[str, Any]] | None = None
+    for path in pictures:
+        record = read_record(Path(path))
+        if record is None or "seed" not in record:
+            continue
+        settings = {key: value for key, value in record.items() if key not in OWN}
+        if first is None:
+            first = path, settings
+        for key in [*first[1], *settings]:
+            if first[1].get(key) != settings.get(key):
+                raise UserError(
+                    f"{folder}: pictures of different origin: {Path(first[0]).name} has {key} = {first[1].get(key)}, "
+                    f"{Path(path).name} has {settings.get(key)}; give those of one checkpoint and solver in a folder "
+                    f"of their own"
+                )
 
 
 def size_of(pictures: Sequence[str], folder: Path) -> tuple[int, int]:
-    """(height, width) of all of them. UserError where they differ."""
+    """(height, width) of all of them, upright. UserError where they differ."""
     sizes: dict[tuple[int, int], str] = {}
     for path in pictures:
-        try:
-            with Image.open(path) as picture:
-                sizes.setdefault((picture.height, picture.width), path)
-        except (OSError, SyntaxError):
-            continue  # named when it is read
+        with suppress(OSError):  # named when it is read
+            size = image_size(Path(path))
+            if size is not None:
+                sizes.setdefault(size, path)
     if not sizes:
         raise UserError(f"{folder}: no picture could be read")
     if len(sizes) > 1:
@@ -294,11 +321,19 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def report(path: Path, data: Path, how: Evaluation, out: Path | None) -> None:
     """Prints the figures; writes them to a JSON file."""
     if out is not None:
-        if out.is_dir() or (out.parent.exists() and not out.parent.is_dir()):
-            raise UserError(f"--out {out}: give a file, in a folder")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        keep_apart(out, "--out", {"RUN": path, "--data": data})
+        claim_file(out, "--out", lambda found: read_kind(found) == KIND)
     figures, text = evaluate(path, data, how)
     print(text)
     if out is not None:
         write_json(out, figures)
         print(f"done: {out}", file=sys.stderr)
+
+
+def read_kind(path: Path) -> Any:
+    """What a JSON file says it is; None where it says nothing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found.get("kind") if isinstance(found, dict) else None

@@ -5,11 +5,13 @@ from pathlib import Path
 import torch
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.data.images import UnreadableImage, find_images
+from pyramid_ldm.data.folder import find_images
+from pyramid_ldm.data.images import UnreadableImage
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import latents_sheet
-from pyramid_ldm.files import write_atomic
+from pyramid_ldm.ownership import claim_file, keep_apart
+from pyramid_ldm.pictures import read_record, write_png
 from pyramid_ldm.pyramid import Pyramid
 
 MEAN_IMAGES = 64
@@ -20,6 +22,10 @@ def latents_to_file(
     autoencoder_run: Path, data: Path, out: Path, number: int, fill: str, device: torch.device, scale: int = 1
 ) -> None:
     """Writes the sheet for image `number` of the folder. `fill`: "zero" or "mean" (of up to 64 images' latents)."""
+    keep_apart(out, "--out", {"AE_RUN": autoencoder_run, "--data": data})
+    if out.suffix.lower() != ".png" and not out.is_dir():
+        raise UserError(f"--out {out}: is written as PNG; give a name that ends in .png")
+    claim_file(out, "--out", lambda path: (read_record(path) or {}).get("what") == "latents")
     autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run).to(device)
     files = find_images(data)
     if not 0 <= number < len(files):
@@ -27,7 +33,7 @@ def latents_to_file(
     size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
 
     def load(path: str) -> torch.Tensor:
-        return load_crop(path, size, zoom=1.0, top=0.5, left=0.5).to(device)
+        return load_crop(path, size, upscale=True).to(device)
 
     try:
         image = load(files[number].path)
@@ -38,4 +44,4 @@ def latents_to_file(
     means: Pyramid = tuple(torch.cat(level).mean(dim=(0, 2, 3), keepdim=True) for level in zip(*parts, strict=True))
     filler = means if fill == "mean" else tuple(torch.zeros_like(level) for level in means)
     sheet = latents_sheet(autoencoder, image, filler, scale)
-    write_atomic(out, lambda temporary: sheet.save(temporary, format="PNG"))
+    write_png(sheet, out, {"what": "latents", "image": files[number].path, "fill": fill})

@@ -26,7 +26,7 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
     window = torch.outer(weights, weights)
     channels = image.shape[1]
     kernel = (window / window.sum()).expand(channels, 1, 11, 11)
-    x, y = image.float(), target.float()
+    x, y = ((z.float() + 1) / 2 for z in (image, target))  # the luminance term compares means: of light, black is zero
 
     def blur(z: Tensor) -> Tensor:
         return F.conv2d(z, kernel, groups=channels)
@@ -34,7 +34,7 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # peak to peak 2
+    c1, c2 = 0.01**2, 0.03**2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )

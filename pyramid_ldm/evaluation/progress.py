@@ -12,12 +12,12 @@ SECONDS = 20.0  # between two plain lines
 
 
 class Progress:
-    """Counts images."""
+    """Counts images, or whatever `unit` says."""
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done = name, total, 0
+    def __init__(self, name: str, total: int, unit: str = "images") -> None:
+        self.name, self.total, self.unit, self.done = name, total, unit, 0
         self.began = self.said = time.monotonic()
-        self.bar = tqdm(total=total, unit="img", desc=name, disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total, unit=f" {unit}", desc=name, disable=not sys.stderr.isatty())
 
     def advance(self, images: int = 1) -> None:
         """So many more are done."""
@@ -28,7 +28,7 @@ class Progress:
             self.said = now
             rate = self.done / max(now - self.began, 1e-9)
             self.say(
-                f"{self.name}: {self.done} of {self.total}, {rate:.2f} images/s, "
+                f"{self.name}: {self.done} of {self.total} {self.unit}, {rate:.2f} {self.unit}/s, "
                 f"{(self.total - self.done) / rate:.0f} s left"
             )
 
@@ -45,5 +45,7 @@ class Progress:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.bar.close()
+        if kind is None and self.done < self.total:
+            self.say(f"{self.name}: {self.done} of {self.total} {self.unit}")

@@ -3,19 +3,24 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import torch
 from PIL import Image
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
-from pyramid_ldm.data.images import UnreadableImage, find_images, split_held_out, to_pil
+from pyramid_ldm.data.images import UnreadableImage, to_pil
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
 from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
 from pyramid_ldm.evaluation.progress import Progress
-from pyramid_ldm.files import write_atomic, write_text
+from pyramid_ldm.evaluation.reference import EVERY, Choice, round_trip
+from pyramid_ldm.files import write_text
+from pyramid_ldm.ownership import claim, held, keep_apart
+from pyramid_ldm.pictures import write_png
 from pyramid_ldm.pyramid import latent_values
 
 GRID_PAIRS = 16
@@ -32,60 +37,82 @@ class Summary:
     lpips: float | None
 
 
-@torch.inference_mode()
 def reconstruct_to_folder(
     autoencoder_run: Path,
     data: Path,
     out: Path,
     *,
+    choice: Choice = EVERY,
     count: int | None = None,
-    held_out: float | None = None,
     lpips_weights: str | None = None,
     device: torch.device,
     bf16: bool,
 ) -> Summary:
-    """Writes NAME.png (original left, reconstruction right), grid.png and reconstructions.jsonl; prints the means."""
+    """Writes NAME.png (original left, reconstruction right), grid.png and reconstructions.jsonl; prints the means.
+
+    UserError where `out` is not ours, or lies inside what is read or around it.
+    """
+    keep_apart(out, "--out", {"AE_RUN": autoencoder_run, "--data": data})
     autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run).to(device)
-    files = find_images(data)
-    if held_out is not None:
-        files = split_held_out(files, held_out)[1]
-    perceptual = PerceptualLoss(lpips_weights, device) if lpips_weights else None
     size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
-    out.mkdir(parents=True, exist_ok=True)
-    rows: list[dict[str, object]] = []
-    values: list[tuple[float, float, float, float]] = []
-    numbers = latent_values(autoencoder.levels, size)
-    pairs: list[Image.Image] = []
-    files = files[:count]
-    with Progress("reconstruct", len(files)) as progress:
-        for number, file in enumerate(progress.over(files)):
-            try:
-                image = load_crop(file.path, size, zoom=1.0, top=0.5, left=0.5)[None].to(device)
-            except UnreadableImage as error:
-                progress.say(f"skipped {error}")
-                continue
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-                decoded = autoencoder.decode(autoencoder.encode(image).mode()).float().clamp(-1, 1)
-            lpips = float("nan") if perceptual is None else float(perceptual(decoded, image))
-            thumbnail = float(psnr(bicubic(image.cpu(), numbers), image.cpu()))
-            values.append((float(psnr(decoded, image)), float(ssim(decoded, image)), lpips, thumbnail))
-            pair = grid([to_pil(image[0]), to_pil(decoded[0])], columns=2)
-            name = f"{number:05d}-{Path(file.path).stem}.png"
-            write_atomic(out / name, lambda temporary, pair=pair: pair.save(temporary, format="PNG"))  # type: ignore[misc]
-            row = {"file": file.path, "picture": name, "psnr": values[-1][0], "ssim": values[-1][1]}
-            rows.append(row | ({} if perceptual is None else {"lpips": lpips}))
-            if len(pairs) < GRID_PAIRS:
-                pairs.append(pair)
-    if not rows:
-        raise UserError(f"{data}: no image could be read")
-    sheet = grid(pairs)
-    write_atomic(out / "grid.png", lambda temporary: sheet.save(temporary, format="PNG"))
-    write_text(out / "reconstructions.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    means = torch.tensor(values).mean(dim=0).tolist()
-    summary = Summary(len(rows), means[0], means[3], means[1], None if perceptual is None else means[2])
+    paths = [file.path for file in choice.files(data, size)[:count]]
+    perceptual = PerceptualLoss(lpips_weights, device) if lpips_weights else None
+    claim(out, "reconstructions", "--out")
+    with held(out):
+        rows, pairs = _reconstruct(autoencoder, paths, out, choice, perceptual, device, bf16)
+        if not rows:
+            raise UserError(f"{data}: no image could be read")
+        write_png(grid(pairs), out / "grid.png", {"what": "grid"})
+        shown = [{key: value for key, value in row.items() if key != "bicubic_psnr"} for row in rows]
+        write_text(out / "reconstructions.jsonl", "".join(json.dumps(row) + "\n" for row in shown))
+
+    def average(key: str) -> float:
+        return mean(row[key] for row in rows)
+
+    lpips = None if perceptual is None else average("lpips")
+    summary = Summary(len(rows), average("psnr"), average("bicubic_psnr"), average("ssim"), lpips)
     figures = (
         f"PSNR {summary.psnr:.2f} dB (bicubic at as many values {summary.bicubic_psnr:.2f} dB), SSIM {summary.ssim:.4f}"
     )
-    figures += "" if summary.lpips is None else f", LPIPS {summary.lpips:.4f}"
+    figures += "" if lpips is None else f", LPIPS {lpips:.4f}"
     print(f"{summary.images} images, 1:{autoencoder.compression_ratio():.1f}: {figures}; pictures in {out}")
     return summary
+
+
+@torch.inference_mode()
+def _reconstruct(
+    autoencoder: PyramidAutoencoder,
+    paths: list[str],
+    out: Path,
+    choice: Choice,
+    perceptual: PerceptualLoss | None,
+    device: torch.device,
+    bf16: bool,
+) -> tuple[list[dict[str, Any]], list[Image.Image]]:
+    """(figures of each image, the first pairs)."""
+    size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
+    values = latent_values(autoencoder.levels, size)
+    rows: list[dict[str, Any]] = []
+    pairs: list[Image.Image] = []
+    bad = 0
+    with Progress("reconstruct", len(paths)) as progress:
+        for number, path in enumerate(progress.over(paths)):
+            try:
+                image = load_crop(path, size, upscale=choice.upscale)[None].to(device)
+            except UnreadableImage as error:
+                progress.say(f"skipped {error}")
+                bad += 1
+                choice.check(bad, len(paths), "reconstruct")
+                continue
+            decoded = round_trip(autoencoder, image, bf16=bf16)
+            row = {"psnr": float(psnr(decoded, image)), "ssim": float(ssim(decoded, image))}
+            if perceptual is not None:
+                row["lpips"] = perceptual.in_parts(decoded, image)
+            row["bicubic_psnr"] = float(psnr(bicubic(image.cpu(), values), image.cpu()))
+            pair = grid([to_pil(image[0]), to_pil(decoded[0])], columns=2)
+            name = f"{number:05d}-{Path(path).stem[:100]}.png"
+            write_png(pair, out / name, {"what": "reconstruction", "file": path, **row})
+            rows.append({"file": path, "picture": name, **row})
+            if len(pairs) < GRID_PAIRS:
+                pairs.append(pair)
+    return rows, pairs

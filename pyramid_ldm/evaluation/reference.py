@@ -1,13 +1,16 @@
 """Real photographs as a reference: how far pictures are from them, in the features of the Inception network."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.data.images import ImageFile, UnreadableImage, to_tensor
+from pyramid_ldm.data.folder import ImageFile, scan, split_held_out, too_many_bad
+from pyramid_ldm.data.images import UnreadableImage, to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
@@ -18,25 +21,60 @@ Distances = dict[str, float]  # fid, kid
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which photographs of a folder are looked at."""
+
+    held_out: float | None = None  # only those held out at this `data.validation`; None: all
+    upscale: bool = False  # also those that are smaller, enlarged
+    max_bad_fraction: float = 0.01  # more that cannot be read are an error
+
+    def files(self, folder: Path, size: tuple[int, int]) -> list[ImageFile]:
+        """Those of a folder, by path; says what is left out. UserError where there is none."""
+        found = scan(folder)
+        files, notes = found.large_enough(size, self.upscale)
+        for line in [*found.notes(), *notes]:
+            print(line, file=sys.stderr)
+        self.check(len(found.unreadable), len(files) + len(found.unreadable), folder)
+        if self.held_out is None:
+            return files
+        chosen = {file.digest for file in split_held_out(files, self.held_out)[1]}
+        if not chosen:
+            raise UserError(f"{folder}: none of {len(files)} photographs is held out at {self.held_out:g}")
+        return [file for file in files if file.digest in chosen]
+
+    def check(self, bad: int, files: int, where: object) -> None:
+        """UserError where too many files cannot be read."""
+        error = too_many_bad(where, bad, files, self.max_bad_fraction, "--max-bad-fraction")
+        if error is not None:
+            raise error
+
+
+EVERY = Choice()
+
+
+@dataclass(frozen=True)
 class Reference:
     """Centre crops of photographs, and their features."""
 
     images: list[str]  # those that could be read
     size: tuple[int, int]  # (height, width)
     features: Tensor  # (N, 2048)
+    choice: Choice = EVERY
 
     @classmethod
-    def of_images(cls, files: Sequence[ImageFile], size: tuple[int, int], inception: Inception) -> "Reference":
+    def of_images(
+        cls, files: Sequence[ImageFile], size: tuple[int, int], inception: Inception, choice: Choice = EVERY
+    ) -> "Reference":
         """Ordered by content, so that halves are alike. UserError where fewer than four can be read: a half needs
         two."""
         paths = [file.path for file in sorted(files, key=lambda file: file.digest)]
         images, features = [], []
-        for read, batch in centre_crops(paths, size, "photographs"):
+        for read, batch in centre_crops(paths, size, "photographs", choice):
             images += read
             features.append(inception(batch))
         if len(images) < 4:
             raise UserError(f"{len(images)} photographs to compare with; distances need at least four")
-        return cls(images, size, torch.cat(features))
+        return cls(images, size, torch.cat(features), choice)
 
     def distances(self, features: Tensor) -> Distances:
         """Frechet and kernel distance of (N, 2048) from all these images, which are others. UserError with a single
@@ -56,7 +94,7 @@ class Reference:
         target = self.features[:count]
         found = {"photographs": distances(self.features[-count:], target)}
         if autoencoder is not None:
-            crops = centre_crops(self.images[-count:], self.size, "reconstructions")
+            crops = centre_crops(self.images[-count:], self.size, "reconstructions", self.choice)
             decoded = (round_trip(autoencoder, images.to(inception.device), bf16=bf16) for _, images in crops)
             found["reconstructions"] = distances(torch.cat([inception(images) for images in decoded]), target)
         return found
@@ -82,20 +120,25 @@ def round_trip(autoencoder: PyramidAutoencoder, images: Tensor, *, bf16: bool = 
     return decoded.clamp(-1, 1)
 
 
-def centre_crops(paths: Sequence[str], size: tuple[int, int], what: str) -> Iterator[tuple[list[str], Tensor]]:
+def centre_crops(
+    paths: Sequence[str], size: tuple[int, int], what: str, choice: Choice = EVERY
+) -> Iterator[tuple[list[str], Tensor]]:
     """(files, (B, 3, H, W) in [-1, 1]), a few million pixels at a time; a file that cannot be read is named and left
-    out."""
+    out. UserError where these are too many."""
     height, width = size
     count = max(1, min(32, 2**22 // (height * width)))
     read: list[str] = []
     images: list[Tensor] = []
+    bad = 0
     with Progress(what, len(paths)) as progress:
         for number, path in enumerate(progress.over(paths), start=1):
             try:
-                images.append(load_crop(path, size, zoom=1.0, top=0.5, left=0.5))
+                images.append(load_crop(path, size, upscale=choice.upscale))
                 read.append(path)
             except UnreadableImage as error:
                 progress.say(f"skipped {error}")
+                bad += 1
+                choice.check(bad, len(paths), what)
             if images and (len(images) == count or number == len(paths)):
                 yield read, torch.stack(images)
                 read, images = [], []

@@ -1,81 +1,106 @@
 """Samples to a folder: PNGs that say how they were made, a grid, and a line a picture in samples.jsonl."""
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
-from pyramid_ldm.files import write_atomic, write_text
+from pyramid_ldm.evaluation.progress import Progress
+from pyramid_ldm.files import append_line, write_text
+from pyramid_ldm.ownership import mark, marker_of
+from pyramid_ldm.pictures import is_whole, read_record, write_png
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
 
 GRID_IMAGES = 64
+SAMPLES = "samples.jsonl"
+# What tells one picture of a folder from another; all else is the same.
+OWN = ("file", "seed", "index", "nfe", "seconds")
+
+
+def settings_of(pipeline: PyramidPipeline, options: SolverOptions, bf16: bool) -> dict[str, Any]:
+    """What all pictures of a folder have in common: networks and solver."""
+    height, width = pipeline.autoencoder.config.image_size
+    return {
+        "checkpoint": pipeline.checkpoint,
+        **options.record(bf16),
+        "size": [height, width],
+        "ratio": round(pipeline.autoencoder.compression_ratio(), 3),
+    }
+
+
+def refuse_other_settings(out: Path, settings: dict[str, Any]) -> None:
+    """UserError where a folder of samples holds those of another checkpoint, or drawn in another way; one that holds
+    none is for these from now on."""
+    before = marker_of(out).get("settings", settings)
+    if before != settings and not any(out.glob("seed*.png")):
+        mark(out, "samples", settings=settings)
+        return
+    for key in [*settings, *before]:
+        if before.get(key) != settings.get(key):
+            raise UserError(
+                f"{out}: holds samples with {key} = {before.get(key)}, not {settings.get(key)}; give another --out"
+            )
 
 
 def sample_to_folder(
-    flow: Path,
+    pipeline: PyramidPipeline,
     out: Path,
     indices: list[int],
     seed: int,
     options: SolverOptions,
     *,
     batch_size: int,
-    device: torch.device,
     bf16: bool,
-    compile_flow: bool = False,
-) -> list[Path]:
-    """Draws images `indices` of `seed`; returns their paths. Each is on disk as soon as its batch is done.
+) -> list[int]:
+    """Draws those of images `indices` of `seed` that the folder does not hold yet; returns which. Each is on disk as
+    soon as its batch is done.
 
     Several processes may each draw their share (possibly none) into one folder; `finish_folder` then completes it.
     """
-    if not indices:
-        return []
-    pipeline = PyramidPipeline.from_pretrained(flow).to(device)
-    if compile_flow:
-        pipeline.compile()
-    out.mkdir(parents=True, exist_ok=True)
-    solver = (
-        f"euler, {options.steps} steps"
-        if options.solver == "euler"
-        else f"{options.solver}, tolerance {options.rtol:g}"
-    )
-    height, width = pipeline.autoencoder.config.image_size
+    settings = settings_of(pipeline, options, bf16)
+    todo = [index for index in indices if not is_drawn(out, seed, index, settings)]
+    how = f"{options.steps} steps" if options.solver == "euler" else f"tolerance {options.rtol:g}"
+    height, width = settings["size"]
+    there = f" ({len(indices) - len(todo)} of them are there)" if len(todo) < len(indices) else ""
     print(
-        f"sample: {len(indices)} images of {height}x{width}, seed {seed}, {solver}, batch {batch_size}, {device}; "
-        f"to {out}",
+        f"sample: {len(indices)} images{there} of {height}x{width}, seed {seed}, {options.solver}, {how}, "
+        f"{settings['precision']}, batch {batch_size}, {pipeline.device}; to {out}",
         file=sys.stderr,
     )
-    paths: list[Path] = []
-    with tqdm(total=len(indices), unit="img", desc="sample", disable=not sys.stderr.isatty()) as bar:
+    if not todo:
+        return []
+    drawn = 0
+    with Progress("sample", len(todo)) as progress:
 
-        def progress(nfe: int, t: float) -> None:
-            bar.set_postfix_str(f"t {t:.3f}, {nfe} evaluations")
+        def tell(nfe: int, t: float) -> None:
+            progress.bar.set_postfix_str(f"t {t:.3f}, {nfe} evaluations")
 
         began = time.monotonic()
-        stream = pipeline.stream(indices, seed, options, batch_size=batch_size, bf16=bf16, progress=progress)
-        for output in stream:
+        for output in pipeline.stream(todo, seed, options, batch_size=batch_size, bf16=bf16, progress=tell):
             seconds = (time.monotonic() - began) / len(output.images)
             for image, nfe in zip(output.images, output.image_nfe, strict=True):
-                index = indices[len(paths)]
-                record = {
-                    "seed": seed, "index": index, "solver": options.solver, "nfe": nfe,
-                    "checkpoint": pipeline.checkpoint,
-                }  # fmt: skip
+                index = todo[drawn]
+                record = {"seed": seed, "index": index, "nfe": nfe, "seconds": round(seconds, 3), **settings}
                 path = picture_path(out, seed, index)
                 write_png(image, path, record)
-                append_line(out / "samples.jsonl", {"file": path.name, **record, "seconds": round(seconds, 3)})
-                paths.append(path)
-            bar.update(len(output.images))
-            if bar.disable:
-                print(f"sample: {len(paths)} of {len(indices)}, {seconds:.2f} s an image", file=sys.stderr)
+                append_line(out / SAMPLES, {"file": path.name, **record})
+                drawn += 1
+            progress.advance(len(output.images))
             began = time.monotonic()
-    return paths
+    return todo
+
+
+def is_drawn(out: Path, seed: int, index: int, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds that image, whole, drawn in this way."""
+    path = picture_path(out, seed, index)
+    record = read_record(path) if path.exists() else None
+    wanted = {"seed": seed, "index": index, **settings}
+    return record is not None and all(record.get(key) == value for key, value in wanted.items()) and is_whole(path)
 
 
 def picture_path(out: Path, seed: int, index: int) -> Path:
@@ -84,27 +109,14 @@ def picture_path(out: Path, seed: int, index: int) -> Path:
 
 
 def finish_folder(out: Path, seed: int, indices: list[int]) -> None:
-    """grid.png of the first 64 of `indices`, and samples.jsonl with one line a picture, the newest."""
-    pictures = [Image.open(picture_path(out, seed, index)) for index in indices[:GRID_IMAGES]]
-    sheet = grid([picture.convert("RGB") for picture in pictures])
-    write_atomic(out / "grid.png", lambda temporary: sheet.save(temporary, format="PNG"))
-    lines = (out / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    newest = {json.loads(line)["file"]: line for line in lines}
-    write_text(out / "samples.jsonl", "".join(newest[name] + "\n" for name in sorted(newest)))
-    record = json.loads(newest[picture_path(out, seed, indices[-1]).name])
-    print(f"done: {len(indices)} images and grid.png in {out}; {record['nfe']} evaluations", file=sys.stderr)
-
-
-def write_png(image: Image.Image, path: Path, record: dict[str, object]) -> None:
-    """A PNG with `record` as JSON in the text chunk "pyramid_ldm"."""
-    text = PngInfo()
-    text.add_text("pyramid_ldm", json.dumps(record))
-    write_atomic(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=text))
-
-
-def append_line(path: Path, record: dict[str, object]) -> None:
-    """One JSON line in one write, so that several processes may append."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """grid.png of the first 64 of `indices`, and samples.jsonl with one line a picture, from what the pictures say."""
+    pictures = []
+    for index in indices[:GRID_IMAGES]:
+        with Image.open(picture_path(out, seed, index)) as picture:
+            pictures.append(picture.convert("RGB"))
+    write_png(grid(pictures), out / "grid.png", {"what": "grid", "seed": seed, "indices": indices[:GRID_IMAGES]})
+    records = {path.name: read_record(path) for path in sorted(out.glob("seed*.png"))}
+    lines = [json.dumps({"file": name, **record}) + "\n" for name, record in records.items() if record]
+    write_text(out / SAMPLES, "".join(lines))
+    record = records[picture_path(out, seed, indices[-1]).name] or {}
+    print(f"done: {len(indices)} images and grid.png in {out}; {record.get('nfe')} evaluations", file=sys.stderr)

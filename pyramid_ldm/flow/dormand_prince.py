@@ -27,6 +27,7 @@ STAGES = (
 # Fifth-order minus fourth-order weights.
 ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0
+LEAST_STEP = 1e-7  # float32's resolution of time near 1
 
 
 class StepVanishedError(ArithmeticError):
@@ -92,10 +93,12 @@ def solve(
     field(start, start.new_full((batch,), begin), stages[:, 0])
     active = _Samples(list(range(batch)), start, stages, [begin] * batch, [first_step] * batch)
     while active.rows:
-        active.steps = [min(step, end - t) for step, t in zip(active.steps, active.times, strict=True)]
-        for t, step in zip(active.times, active.steps, strict=True):
-            if step < 1e-7:
+        for i, (t, step) in enumerate(zip(active.times, active.steps, strict=True)):
+            left = end - t
+            if step < min(LEAST_STEP, left):
                 raise StepVanishedError(t)
+            # What would be left for a step too short to move time belongs to this one.
+            active.steps[i] = left if left - step < min(10 * LEAST_STEP, 0.1 * step) else step
         at(min(active.times))
         moments = torch.tensor(
             [active.steps]
@@ -108,8 +111,8 @@ def solve(
         after, errors = _step(field, active, weights, moments, rtol, atol, parts)
         for row in active.rows:
             counts[row] += len(NODES) - 1
-        _advance(active, after, errors)
-        finished = [end - t < 1e-9 for t in active.times]
+        _advance(active, after, errors, end)
+        finished = [t >= end for t in active.times]
         for i, done in enumerate(finished):
             if done:
                 result[active.rows[i]] = active.states[i]
@@ -140,7 +143,7 @@ def _step(
     return after, torch.stack(norms).amax(dim=0).tolist()
 
 
-def _advance(active: _Samples, after: Tensor, errors: list[float]) -> None:
+def _advance(active: _Samples, after: Tensor, errors: list[float], end: float) -> None:
     """Moves the samples whose step is accurate enough and chooses every sample's next step."""
     accepted = [error <= 1 for error in errors]
     if all(accepted):
@@ -152,6 +155,7 @@ def _advance(active: _Samples, after: Tensor, errors: list[float]) -> None:
         active.stages[index, 0] = active.stages[index, -1]
     for i, (good, error) in enumerate(zip(accepted, errors, strict=True)):
         if good:
-            active.times[i] += active.steps[i]
+            last = active.steps[i] == end - active.times[i]
+            active.times[i] = end if last else active.times[i] + active.steps[i]
         factor = GROW if error == 0 else SAFETY * error**-0.2 if error == error else SHRINK
         active.steps[i] *= min(GROW, max(1.0 if good else SHRINK, factor))

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.config.flow import FlowConfig
 from pyramid_ldm.nn.attention import build_attention
-from pyramid_ldm.nn.layers import conv2d, dropout_schedule, full_precision, group_norm, linear, rescaled_sum
+from pyramid_ldm.nn.layers import conv2d, dropout_schedule, group_norm, linear, rescaled_sum
 from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, nearest_up
 from pyramid_ldm.nn.resblock import Resample, ResidualBlock
+from pyramid_ldm.nn.spectral import full_precision
 from pyramid_ldm.pyramid import LatentLevel, Pyramid, level_shapes
-from pyramid_ldm.serialization import load_model, resolve_model_directory, save_model
+from pyramid_ldm.serialization import assemble, read_model, read_stored, save_model
 
 
 class TimeEmbedding(nn.Module):
@@ -279,4 +280,4 @@ class PyramidNCSNpp(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
         """Loads what `save_pretrained` wrote, in eval mode, float32, on the CPU."""
-        return load_model(resolve_model_directory(Path(directory), "train-flow"), cls, FlowConfig)
+        return assemble(read_model(Path(directory), "train-flow", lambda home: read_stored(home, FlowConfig)), cls)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torchdiffeq
 from torch import Tensor
 
 from pyramid_ldm.errors import UserError
@@ -148,6 +147,8 @@ def dopri5(
     The error is the maximum over samples and levels; the last step ends exactly at t = 1 (the plain solver would
     evaluate beyond and interpolate back).
     """
+    import torchdiffeq  # a second, with SciPy
+
     shapes = [(level.shape[1], level.shape[2], level.shape[3]) for level in noise]
     sizes = [math.prod(shape) for shape in shapes]
     counted = _Counted(velocity, max_nfe, progress)

@@ -1,7 +1,6 @@
 """Convolutions, spectral norm, group norm and the decreasing dropout schedule."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from typing import TypeVar
 
@@ -9,53 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyramid_ldm.nn import spectral
 from pyramid_ldm.nn.pixel_norm import PixelNorm
+from pyramid_ldm.nn.spectral import SpectralNorm, full_precision
 
 Layer = TypeVar("Layer", bound=nn.Conv2d | nn.Linear)
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast within: for what bfloat16 would spoil."""
-    if device.type == "meta":
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
-
-
-class SpectralNorm(nn.Module):
-    """W / sigma(W), sigma the largest singular value of W as (out, in * k * k) (Miyato et al. 2018; PDM section 3.3).
-
-    sigma = u^T W v with u, v held fixed in `forward`: a forward pass never changes state, so recomputing it under
-    gradient checkpointing, or splitting a batch, gives the same gradient. `advance_spectral_norm` moves u and v.
-    (torch's own parametrization iterates in `forward`, and removing it from a copied module breaks the original.)
-    """
-
-    u: Tensor
-    v: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        rows = weight.detach().flatten(1)
-        self.register_buffer("u", torch.randn(rows.shape[0], device=rows.device))  # `advance` makes them unit vectors
-        self.register_buffer("v", torch.randn(rows.shape[1], device=rows.device))
-        if weight.device.type != "meta":  # loading: the weights come later, and meta kernels are slow
-            self.advance(weight, 15)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        with full_precision(weight.device):
-            return weight / self.sigma(weight)
-
-    def sigma(self, weight: Tensor) -> Tensor:
-        """The current estimate of the largest singular value, a scalar."""
-        return torch.dot(self.u, weight.flatten(1) @ self.v)
-
-    @torch.no_grad()
-    def advance(self, weight: Tensor, iterations: int) -> None:
-        """Power iteration; u and v change in place."""
-        rows = weight.flatten(1)
-        for _ in range(iterations):
-            self.v.copy_(F.normalize(rows.T @ self.u, dim=0, eps=1e-12))
-            self.u.copy_(F.normalize(rows @ self.v, dim=0, eps=1e-12))
 
 
 class Conv2d(nn.Conv2d):
@@ -101,19 +59,20 @@ def spectral_layers(model: nn.Module) -> list[tuple[SpectralConv2d | SpectralLin
 
 
 def advance_spectral_norm(model: nn.Module, iterations: int = 1) -> None:
-    """An explicit power iteration for every normalised layer; called once per optimizer step."""
-    for layer, norm in spectral_layers(model):
-        norm.advance(layer.weight, iterations)
+    """Every norm's vectors follow their weight; called once per optimizer step."""
+    spectral.advance([(layer.weight, norm) for layer, norm in spectral_layers(model)], iterations)
 
 
 @torch.no_grad()
 def fold_spectral_norm(model: nn.Module, iterations: int = 0) -> None:
-    """Replaces every normalised weight by its value, after `iterations` of power iteration, with the gain that follows
-    it; in place."""
-    for layer, norm in spectral_layers(model):
-        if layer.weight.device.type != "meta":
-            norm.advance(layer.weight, iterations)
-            layer.weight.copy_(norm(layer.weight))
+    """Replaces every normalised weight by its value, after `iterations` of `advance`, with the gain that follows it; in
+    place."""
+    layers = [pair for pair in spectral_layers(model) if pair[0].weight.device.type != "meta"]
+    if iterations:
+        spectral.advance([(layer.weight, norm) for layer, norm in layers], iterations)
+    for layer, norm in layers:
+        layer.weight.copy_(norm(layer.weight))
+    for layer, _ in spectral_layers(model):
         layer.spectral = None
     for module in model.modules():
         if isinstance(module, ZeroConv2d) and module.gain is not None:

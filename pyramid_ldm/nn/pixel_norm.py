@@ -44,7 +44,7 @@ class _NormSiLU(torch.autograd.Function):
         if x.device.type != "cpu":
             return F.silu(F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps))
         out = torch.empty_like(x)
-        for part, result in zip(_chunks(x), _chunks(out), strict=True):
+        for part, result in zip(chunks(x), chunks(out), strict=True):
             values = part.to(torch.promote_types(x.dtype, torch.float32), copy=True)
             result.copy_(F.silu(values.mul_(_inverse_rms(values, eps)).mul_(weight), inplace=True))
         return out
@@ -56,7 +56,7 @@ class _NormSiLU(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         gradient = gradient.contiguous()
-        for part, dy, result in zip(_chunks(x), _chunks(gradient), _chunks(dx), strict=True):
+        for part, dy, result in zip(chunks(x), chunks(gradient), chunks(dx), strict=True):
             values = part.to(wide)
             inverse = _inverse_rms(values, ctx.eps)
             unit = values * inverse
@@ -68,7 +68,8 @@ class _NormSiLU(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), None
 
 
-def _chunks(x: Tensor) -> tuple[Tensor, ...]:
+def chunks(x: Tensor) -> tuple[Tensor, ...]:
+    """(..., C) as (pixels, C) in parts that the caches hold."""
     channels = x.shape[-1]
     size = CHUNK if x.device.type == "cpu" else GPU_CHUNK
     return x.view(-1, channels).split(max(1, size // channels))

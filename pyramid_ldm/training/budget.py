@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from omegaconf import OmegaConf
 
-from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, load_config, load_saved
+from pyramid_ldm.config import (
+    AutoencoderConfig,
+    AutoencoderTraining,
+    ConfigError,
+    FlowTraining,
+    load_config,
+    load_saved,
+)
+from pyramid_ldm.config.base import read_yaml
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.pyramid import compression_ratio, level_shapes
-from pyramid_ldm.serialization import resolve_model_directory
+from pyramid_ldm.serialization import read_model
 from pyramid_ldm.training.cost import BATCH, cache_bytes, estimate_autoencoder, estimate_flow, latent_levels
 from pyramid_ldm.training.encode import AUTOENCODER
 from pyramid_ldm.training.runtime import Runtime
@@ -26,11 +33,12 @@ Schema = TypeVar("Schema", AutoencoderTraining, FlowTraining)
 def kind_of_config(path: Path) -> str | None:
     """What a YAML file configures: "train-ae", "train-flow", a saved "autoencoder" or "flow" network, or None."""
     try:
-        loaded: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception:  # yaml raises many kinds; `load_config` says what is wrong
+        loaded = read_yaml(path)
+    except ConfigError:  # `load_config` says what is wrong
         return None
-    if not isinstance(loaded, dict):
-        return None
+    kind = loaded.get("kind")
+    if isinstance(kind, str):
+        return kind if kind in ("train-ae", "train-flow", "autoencoder", "flow") else None
     if "model" in loaded:
         data = loaded.get("data")
         if {"scaling", "rectified_flow", "samples"} & loaded.keys() or (isinstance(data, dict) and "shards" in data):
@@ -58,14 +66,14 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> AutoencoderTrain
 
 
 def _load(schema: type[Schema], path: Path, overrides: Sequence[str]) -> Schema:
-    try:
-        written = OmegaConf.load(path)
-    except Exception:
-        return load_config(schema, path, overrides)  # says what is wrong
     # What the config leaves open costs nothing.
-    folders = ("run_dir", "data.root" if schema is AutoencoderTraining else "data.shards")
-    unset: list[str] = [key for key in folders if OmegaConf.select(written, key, throw_on_missing=False) is None]
-    return load_config(schema, path, [*(f"{key}=unset" for key in unset), *overrides])
+    written = read_yaml(path)
+    name = "root" if schema is AutoencoderTraining else "shards"
+    data = written.get("data")
+    unset: list[str] = ["run_dir=unset"] if written.get("run_dir") in (None, "???") else []
+    if not isinstance(data, dict) or data.get(name, "???") == "???":
+        unset.append(f"data.{name}=unset")
+    return load_config(schema, path, [*unset, *overrides])
 
 
 def find_autoencoder(config: FlowTraining, source: Path | None) -> AutoencoderConfig:
@@ -92,7 +100,7 @@ def find_autoencoder(config: FlowTraining, source: Path | None) -> AutoencoderCo
 
 
 def _model_config(run: Path) -> Path:
-    return resolve_model_directory(run, "train-ae") / "config.yaml"
+    return read_model(run, "train-ae", lambda home: home / "config.yaml")
 
 
 def report_autoencoder(config: AutoencoderTraining, runtime: Runtime) -> str:

@@ -4,22 +4,23 @@
 built under a temporary name and renamed, so one that has its name is whole; the manifest tells whether it still is.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.files import read_json, replace_directory, sha256, write_json
+from pyramid_ldm.files import read_json, sha256, write_json
+from pyramid_ldm.ownership import delete_directory, kind_of, replace_directory
 from pyramid_ldm.training.schedule import due
 
-FORMAT = 1
+FORMAT = 2
 
 
 def checkpoint_directories(run: Path) -> list[Path]:
-    """Every complete checkpoint, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir() and p.name.isdigit())
+    """Every complete checkpoint, oldest first: by number, whatever its digits."""
+    found = [p for p in (run / "checkpoints").glob("[0-9]*") if p.name.isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def save_checkpoint(run: Path, images_seen: int, state: dict[str, Any]) -> Path:
@@ -38,7 +39,7 @@ def save_checkpoint(run: Path, images_seen: int, state: dict[str, Any]) -> Path:
             },
         )
 
-    replace_directory(target, write)
+    replace_directory(target, "checkpoint", write)
     return target
 
 
@@ -64,14 +65,17 @@ def find_fault(directory: Path) -> str | None:
     try:
         manifest = read_json(directory / "manifest.json", "")
         if manifest["format"] != FORMAT:
-            raise UserError(f"{directory}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+            raise UserError(
+                f"{directory}: checkpoint format {manifest['format']}, this version reads {FORMAT}; finish the run "
+                f"with the version that began it, or begin anew in another run_dir"
+            )
         for name, entry in manifest["files"].items():
             file = directory / name
             if not file.is_file() or file.stat().st_size != entry["size"]:
                 return f"{name} is missing or truncated"
             if sha256(file) != entry["sha256"]:
                 return f"{name} does not match its hash"
-    except (UserError, KeyError, TypeError) as error:
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         if "checkpoint format" in str(error):
             raise
         return "manifest.json is missing or damaged"
@@ -80,10 +84,9 @@ def find_fault(directory: Path) -> str | None:
 
 def prune(run: Path, keep_last: int, keep_every: int, per_step: int = 1) -> None:
     """Deletes all but the newest `keep_last` checkpoints and those at multiples of `keep_every` images, rounded up to
-    whole steps of `per_step` images; and what a killed save left."""
-    for directory in checkpoint_directories(run)[:-keep_last]:
+    whole steps of `per_step` images. What is not a checkpoint of ours stays."""
+    ours = [directory for directory in checkpoint_directories(run) if kind_of(directory) == "checkpoint"]
+    for directory in ours[:-keep_last]:
         images_seen = int(directory.name)
         if not due(keep_every, images_seen - per_step, images_seen):
-            shutil.rmtree(directory)
-    for leftover in (run / "checkpoints").glob(".[0-9]*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+            delete_directory(directory, "checkpoint")

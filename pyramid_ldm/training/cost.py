@@ -1,7 +1,7 @@
 """What a training config will cost, before anyone trains: parameters, FLOPs, memory, cache size.
 
-The real training step runs once on fake tensors, which have shapes and no values: it takes seconds and no memory,
-and every tensor that a real step on a CPU makes is counted, gradient checkpointing included.
+The real training step runs once on tensors without values (`pyramid_ldm.shapes`): it takes seconds and no memory, and
+every tensor that a real step on a CPU makes is counted, gradient checkpointing included.
 """
 
 import contextlib
@@ -10,96 +10,77 @@ import io
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, FlowTraining
+from pyramid_ldm.data.latents import LatentBatch
 from pyramid_ldm.data.photographs import ImageBatch
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
-from pyramid_ldm.memory import PeakMemory, decompose
-from pyramid_ldm.nn.layers import SpectralNorm, fold_spectral_norm
+from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.nn import pixel_norm, spectral
+from pyramid_ldm.nn.layers import fold_spectral_norm
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
 from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, latent_values, level_shapes
-from pyramid_ldm.training import train_autoencoder, train_flow
+from pyramid_ldm.shapes import Shapes
+from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.step import take_step
 
-aten = torch.ops.aten
 CPU = torch.device("cpu")
 BATCH = 8  # images at once in `encode` and `sample`, by default
 
 
-class Flops(TorchDispatchMode):
-    """Counts floating-point operations, a multiplication and an addition as two, in `total`.
+class Work(PeakMemory):
+    """Memory, and floating-point operations, a multiplication and an addition as two, in `flops`.
 
     Formulas are torch's. (`FlopCounterMode` itself hooks every module, which `torch.autograd.grad` refuses and which
     keeps tensors alive.)
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+    flops = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = decompose(self, func, args, kwargs or {})
-        if result is not NotImplemented:
-            return result
-        result = func(*args, **(kwargs or {}))
+    def watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Counts it."""
+        result = super().watch(func, args, kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
-            self.total += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += formula(*args, **kwargs, out_val=result)
         return result
 
-
-class _Answers(TorchDispatchMode):
-    """What depends on values that a fake tensor has not: `bool`, `float` and `int` of one are true, or 1 (training asks
-    whether values are finite), and no codebook entry is beyond the last."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (aten._local_scalar_dense.default, aten.item.default, aten.is_nonzero.default):
-            dtype = args[0].dtype
-            return (
-                True
-                if dtype == torch.bool or func is aten.is_nonzero.default
-                else 1.0
-                if dtype.is_floating_point
-                else 1
-            )
-        if func is aten.bincount.default:
-            return args[0].new_zeros(args[2])  # minlength
-        return func(*args, **(kwargs or {}))
+    def restart(self) -> Self:
+        """The peak begins anew at what lives now, and the operations at zero."""
+        self.flops = 0
+        return super().restart()
 
 
 @contextlib.contextmanager
-def fake_tensors() -> Iterator[None]:
+def without_values() -> Iterator[None]:
     """Within, tensors have shapes and no memory; networks that are built here can be moved and trained."""
-    mode = FakeTensorMode()
-    # The converter would remember new tensors by weak references, and a module with such parameters cannot be moved.
-    mode.fake_tensor_converter.set_tensor_memo = lambda t, v: None  # type: ignore[method-assign]
-    with mode, _Answers(), _nothing_to_converge():
+    with Shapes(), _no_repetitions():
         yield
 
 
 @contextlib.contextmanager
-def _nothing_to_converge() -> Iterator[None]:
-    """Power iteration on values that are not there would be half of the time and, being small vectors, no memory."""
-    advance = SpectralNorm.advance
-    SpectralNorm.advance = lambda self, weight, iterations: None  # type: ignore[method-assign]
+def _no_repetitions() -> Iterator[None]:
+    """Leaves out what takes time here and changes neither memory nor FLOPs: iterations that have nothing to converge
+    to, and all but the first two and the last of the chunks that one pixel norm works through."""
+    advance, chunks = spectral.advance, pixel_norm.chunks
+
+    def few(x: Tensor) -> tuple[Tensor, ...]:
+        parts = chunks(x)
+        return parts if len(parts) < 4 else (*parts[:2], parts[-1])
+
+    spectral.advance, pixel_norm.chunks = (lambda layers, iterations=1: None), few
     try:
         yield
     finally:
-        SpectralNorm.advance = advance  # type: ignore[method-assign]
+        spectral.advance, pixel_norm.chunks = advance, chunks
 
 
 @dataclass(frozen=True)
@@ -138,10 +119,10 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
     config = copy.deepcopy(config)
     config.loss.perceptual.weights = "random"
     runtime, train = Runtime(CPU, bf16), config.train
-    with fake_tensors():
-        with PeakMemory() as memory, Flops() as flops:
+    with without_values():
+        with Work() as work:
             with contextlib.redirect_stderr(io.StringIO()):  # PerceptualLoss's warning about random weights
-                state = train_autoencoder.build_state(config, CPU)
+                state = autoencoder_state.build_state(config, CPU)
             gan = config.loss.gan
             state.images_seen = gan.start + gan.disc_warmup + gan.ramp + train.batch_size
             state.loss.adaptive.value = 1.0
@@ -151,11 +132,10 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
             for network, optimizer in trained:
                 _pretend_step(network, optimizer, train.accumulate, runtime)
             gradients = sum(p.grad.nbytes for network, _ in trained for p in network.parameters() if p.grad is not None)
-            kept = memory.restart().live - gradients
-            flops.total = 0
-            images = torch.empty(train.batch_size, 3, *config.image_size)
-            batch = ImageBatch(images, list(range(train.batch_size)), [], [])
-            train_autoencoder.accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
+            kept = work.restart().live - gradients
+            pixels = torch.empty(train.batch_size, *config.image_size, 3, dtype=torch.uint8)
+            batch = ImageBatch(pixels, list(range(train.batch_size)), [])
+            autoencoder_state.accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
             take_step(state.optimizer, state.autoencoder, train.gradient_clip, runtime, Metrics(), "")
             state.ema.update(state.autoencoder, state.images_seen, train.batch_size)
             if state.discriminator is not None and state.disc_optimizer is not None:
@@ -169,7 +149,7 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
             encoder=encoder,
             decoder=decoder,
             state=kept,
-            step=Use(flops.total // train.batch_size, memory.peak),
+            step=Use(work.flops // train.batch_size, work.peak),
             encode=measure_encode(autoencoder, BATCH, runtime),
             decode=measure_decode(autoencoder, runtime),
         )
@@ -180,23 +160,20 @@ def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig, *
     config = copy.deepcopy(config)
     config.model.resolve(list(autoencoder_config.image_size), autoencoder_config.levels)
     runtime, train = Runtime(CPU, bf16), config.train
-    with fake_tensors():
+    with without_values():
         autoencoder = build_autoencoder(autoencoder_config)
-        with PeakMemory(tensors([autoencoder])) as memory, Flops() as flops:
-            state = train_flow.build_state(config, CPU)
-            scaling = no_scaling(autoencoder_config)
-            flow = train_flow.build_flow(config.rectified_flow)
+        with Work(tensors([autoencoder])) as work:
+            state = flow_state.build_state(config, CPU)
+            state.scaling = no_scaling(autoencoder_config)
+            flow = flow_state.build_flow(config.rectified_flow)
             _pretend_step(state.network, state.optimizer, train.accumulate, runtime)
             gradients = sum(p.grad.nbytes for p in state.network.parameters() if p.grad is not None)
-            kept = memory.restart().live - gradients
-            flops.total = 0
+            kept = work.restart().live - gradients
             values = sum(math.prod(shape) for shape in state.network.shapes)
             latents, noise = (torch.empty(train.batch_size, values) for _ in range(2))
-            time = torch.empty(train.batch_size)
+            batch = LatentBatch(latents, noise, torch.empty(train.batch_size), [])
             with runtime.autocast():
-                train_flow.accumulate(
-                    flow, state.network, scaling, state.network, latents, noise, time, train.accumulate
-                )
+                flow_state.accumulate(flow, state.network, state, batch, train.accumulate)
             take_step(state.optimizer, state.network, train.gradient_clip, runtime, Metrics(), "")
             state.ema.update(state.network, 2 * train.batch_size, train.batch_size)
         network = state.network.eval()
@@ -206,7 +183,7 @@ def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig, *
         return FlowCost(
             parameters=parameters,
             state=kept,
-            step=Use(flops.total // train.batch_size, memory.peak),
+            step=Use(work.flops // train.batch_size, work.peak),
             evaluation=measure_evaluation(network, runtime),
             sample=measure_sample(network, autoencoder, BATCH, bf16=config.precision == "bf16"),
         )
@@ -226,56 +203,56 @@ def _pretend_step(network: nn.Module, optimizer: torch.optim.Optimizer, accumula
 
 
 @contextlib.contextmanager
-def measured(*networks: nn.Module) -> Iterator[tuple[PeakMemory, Flops]]:
-    """Memory, the networks' own included, and FLOPs of what runs within, without gradients."""
-    with torch.no_grad(), PeakMemory(tensors(networks)) as memory, Flops() as flops:
-        yield memory, flops
+def measured(*networks: nn.Module) -> Iterator[Work]:
+    """What runs within takes, without gradients; the networks' own memory included."""
+    with torch.no_grad(), Work(tensors(networks)) as work:
+        yield work
 
 
 def measure_encode(autoencoder: PyramidAutoencoder, batch_size: int, runtime: Runtime) -> Use:
-    """`encode`'s batch; under `fake_tensors`, as all of these. What a further image adds is the same for each."""
+    """`encode`'s batch; under `without_values`, as all of these. What a further image adds is the same for each."""
     peaks = []
     for images in (1, 2):
-        with measured(autoencoder) as (memory, flops), runtime.autocast():
+        with measured(autoencoder) as work, runtime.autocast():
             batch = torch.empty(images, 3, *autoencoder.config.image_size)
             autoencoder.encode(batch.to(CPU, memory_format=torch.channels_last))
-        peaks.append(memory.peak)
-    return Use(flops.total // 2, peaks[0] + (batch_size - 1) * (peaks[1] - peaks[0]))
+        peaks.append(work.peak)
+    return Use(work.flops // 2, peaks[0] + (batch_size - 1) * (peaks[1] - peaks[0]))
 
 
 def measure_decode(autoencoder: PyramidAutoencoder, runtime: Runtime) -> Use:
     """One image."""
-    with measured(autoencoder) as (memory, flops), runtime.autocast():
+    with measured(autoencoder) as work, runtime.autocast():
         autoencoder.decode(empty_latents(level_shapes(autoencoder.levels, autoencoder.config.image_size), 1))
-    return Use(flops.total, memory.peak)
+    return Use(work.flops, work.peak)
 
 
 def measure_evaluation(network: PyramidNCSNpp, runtime: Runtime) -> Use:
     """One velocity of one image."""
-    with measured(network) as (memory, flops), runtime.autocast():
+    with measured(network) as work, runtime.autocast():
         network(empty_latents(network.shapes, 1), torch.empty(1))
-    return Use(flops.total, memory.peak)
+    return Use(work.flops, work.peak)
 
 
 def measure_sample(network: PyramidNCSNpp, autoencoder: PyramidAutoencoder, batch_size: int, *, bf16: bool) -> Use:
     """`sample`'s batch: an Euler step, which others repeat, then one image, as images are decoded one by one."""
     pipeline = PyramidPipeline(network, autoencoder, no_scaling(autoencoder.config)).to(CPU)
-    with measured(network, autoencoder) as (memory, flops):
+    with measured(network, autoencoder) as work:
         noise = empty_latents(network.shapes, batch_size)
         latents = pipeline.solve(noise, SolverOptions("euler", steps=1), bf16=bf16).latents
-        flops.total = 0
+        work.flops = 0
         for _ in pipeline.decode(tuple(level[:1] for level in latents), bf16=bf16):
             pass
-    return Use(flops.total, memory.peak)
+    return Use(work.flops, work.peak)
 
 
 def build_autoencoder(config: AutoencoderConfig) -> PyramidAutoencoder:
-    """Ready for encoding and decoding; under `fake_tensors`."""
+    """Ready for encoding and decoding; under `without_values`."""
     return _ready(PyramidAutoencoder(config))
 
 
 def build_flow(config: FlowConfig) -> PyramidNCSNpp:
-    """Ready for sampling; under `fake_tensors`."""
+    """Ready for sampling; under `without_values`."""
     return _ready(PyramidNCSNpp(config))
 
 

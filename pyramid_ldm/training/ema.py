@@ -45,7 +45,7 @@ class PowerEma:
         copy = deepcopy(model).eval().requires_grad_(False)
         for name, parameter in copy.named_parameters():
             parameter.copy_(self.tracks[f"{width:g}"][name])
-        fold_spectral_norm(copy, iterations=50)
+        fold_spectral_norm(copy, iterations=8)
         return copy
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:

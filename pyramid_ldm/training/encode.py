@@ -1,29 +1,41 @@
 """Between the stages: photographs to latent shards."""
 
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderTraining, load_saved
 from pyramid_ldm.config.autoencoder import ImageDataConfig
-from pyramid_ldm.data.images import ImageFile, UnreadableImage, find_images, folder_fingerprint, split_held_out
-from pyramid_ldm.data.photographs import load_crop
-from pyramid_ldm.data.shards import INDEX, Plan, Row, check_plan, has_shard, make_record, write_index, write_shard
+from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
+from pyramid_ldm.data.images import UnreadableImage, normalise
+from pyramid_ldm.data.latents import make_record
+from pyramid_ldm.data.loading import Travelling, load_batches
+from pyramid_ldm.data.photographs import BadFile, Preprocessing, load_pixels
+from pyramid_ldm.data.shards import (
+    INDEX,
+    Plan,
+    Row,
+    check_plan,
+    count_missing,
+    has_shard,
+    read_index,
+    write_index,
+    write_shard,
+)
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.files import read_json, replace_directory
-from pyramid_ldm.randomness import uniform
+from pyramid_ldm.evaluation.progress import Progress
+from pyramid_ldm.files import append_line, read_lines
+from pyramid_ldm.ownership import claim, delete_file, held, keep_apart, replace_directory
 from pyramid_ldm.training.runtime import Runtime
 
 AUTOENCODER = "autoencoder"
+UNREADABLE = "unreadable.jsonl"  # what turned out to be no image, so that removing it makes no other cache
 
 
 @dataclass(frozen=True)
@@ -36,32 +48,63 @@ class View:
     split: str
 
 
-class Views(Dataset[tuple[Tensor | str, int]]):
-    """Views as images (3, H, W); an unreadable file gives its message instead."""
+@dataclass
+class ViewBatch(Travelling):
+    """Views that could be read, and those that could not."""
 
-    def __init__(self, views: list[View], plan: Plan) -> None:
+    pixels: Tensor  # (B, H, W, 3) uint8
+    indices: list[int]  # of the views in `pixels`
+    bad: list[BadFile]
+
+    def images(self, device: torch.device) -> Tensor:
+        """(B, 3, H, W) float32 in [-1, 1], channels last, on `device`."""
+        return normalise(self.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
+
+
+class Views(Dataset[tuple[Tensor | BadFile, int]]):
+    """Views as pixels (3, H, W) uint8; an unreadable file gives what is wrong with it instead."""
+
+    def __init__(self, views: Sequence[View], plan: Plan) -> None:
         self.views, self.plan = views, plan
+        self.look = Preprocessing(
+            (plan.image_size[0], plan.image_size[1]), "random", plan.zoom, plan.flip, plan.upscale
+        )
         self.loaded: tuple[View, Tensor] | None = None  # a mirrored view follows its plain one: one decoding for both
 
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | str, int]:
-        view, plan = self.views[index], self.plan
+    def __getitem__(self, index: int) -> tuple[Tensor | BadFile, int]:
+        view = self.views[index]
         plain = replace(view, mirrored=False)
-        if self.loaded is not None and self.loaded[0] == plain:
-            return (self.loaded[1].flip(-1) if view.mirrored else self.loaded[1]), index
-        zoom, top, left = 1.0, 0.5, 0.5
-        if view.crop > 0:
-            place = (int(view.file.digest[:8], 16), view.crop)
-            zoom = plan.zoom ** uniform(plan.seed, "crop-zoom", *place)
-            top, left = uniform(plan.seed, "crop-top", *place), uniform(plan.seed, "crop-left", *place)
-        try:
-            image = load_crop(view.file.path, (plan.image_size[0], plan.image_size[1]), zoom=zoom, top=top, left=left)
-        except UnreadableImage as error:
-            return str(error), index
-        self.loaded = plain, image
-        return (image.flip(-1) if view.mirrored else image), index
+        if self.loaded is None or self.loaded[0] != plain:
+            place = (1.0, 0.5, 0.5)
+            if view.crop > 0:
+                place = self.look.place(self.plan.seed, "crop-", int(view.file.digest[:8], 16), view.crop)
+            try:
+                pixels = load_pixels(view.file.path, self.look.image_size, place, upscale=self.look.upscale)
+            except UnreadableImage as error:
+                return BadFile(view.file.digest, str(error), error.of_content), index
+            self.loaded = plain, pixels
+        pixels = self.loaded[1]
+        return (pixels.flip(-1) if view.mirrored else pixels), index
+
+
+def collate_views(items: list[tuple[Tensor | BadFile, int]]) -> ViewBatch:
+    """Items of `Views` to one batch, which may hold no pixels."""
+    good = [(pixels, index) for pixels, index in items if isinstance(pixels, Tensor)]
+    stacked = [pixels.permute(1, 2, 0) for pixels, _ in good]
+    return ViewBatch(
+        torch.stack(stacked) if stacked else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
+        [index for _, index in good],
+        [bad for bad, _ in items if isinstance(bad, BadFile)],
+    )
+
+
+def view_batches(
+    views: Sequence[View], plan: Plan, indices: Sequence[int], options: "EncodeOptions"
+) -> Iterator[ViewBatch]:
+    """The views of these indices, in order."""
+    size = options.batch_size
+    parts = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
+    return load_batches(Views(views, plan), collate_views, parts, workers=options.workers, prefetch=2)
 
 
 @dataclass(frozen=True)
@@ -72,6 +115,8 @@ class EncodeOptions:
     zoom: float = 1.0
     flip: bool = True
     validation: float = 0.05
+    upscale: bool = False  # take photographs smaller than image_size, too
+    max_bad_fraction: float = 0.01
     dtype: str = "float16"
     seed: int = 0
     batch_size: int = 8
@@ -82,52 +127,141 @@ class EncodeOptions:
 def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions, runtime: Runtime) -> Path:
     """Writes, or finishes, the shard directory `out`; every process encodes its share of the shards.
 
-    Raises UserError where `out` holds latents of another autoencoder, other images or other preprocessing.
+    Raises UserError where `out` is not ours, lies inside what is read or around it, holds latents of another
+    autoencoder, other images or other preprocessing; where too many images cannot be read, or a disk fails. What is
+    done by then stays, and the same command goes on.
     """
+    keep_apart(out, "--out", {"AE_RUN": autoencoder_run, "--data": data})
     autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run)
-    files = find_images(data)
-    plan = make_plan(autoencoder, files, options, runtime)
-    index = out / INDEX
-    finished = index.exists()
-    if finished:
-        check_plan(out, read_json(index, "delete the shard directory and run encode again").get("plan"), plan)
-    views = list_views(files, options)
-    shards = [views[i : i + options.shard_size] for i in range(0, len(views), options.shard_size)]
-    todo = [n for n in range(len(shards)) if not has_shard(out, n, plan)]
-    runtime.barrier()  # every process has looked before the first one writes
-    if finished and not todo:
-        say(f"encode: {out} is complete", runtime)
-        return out
-    out.mkdir(parents=True, exist_ok=True)
+    folder: Folder = runtime.first(lambda: scan(data))
+    size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
+    files, notes = folder.large_enough(size, options.upscale)
     if runtime.main:
-        index.unlink(missing_ok=True)
-    say(
-        f"encode: {len(files)} images, {len(views)} records in {len(shards)} shards ({len(shards) - len(todo)} done), "
-        f"{len(plan.levels)} levels, 1:{autoencoder.compression_ratio():.1f}, {plan.dtype}; to {out}",
-        runtime,
-    )
-    if runtime.main:  # also over one that an interrupted encode of another autoencoder left
-        replace_directory(out / AUTOENCODER, autoencoder.save_pretrained)
-    autoencoder.to(runtime.device).to(memory_format=torch.channels_last)
-    mine = todo[runtime.rank :: runtime.ranks]
-    began = time.monotonic()
-    with tqdm(
-        total=sum(len(shards[n]) for n in mine), unit="img", desc="encode", disable=not sys.stderr.isatty()
-    ) as bar:
-        for number in mine:
-            encode_shard(autoencoder, shards[number], number, plan, out, options, runtime, bar)
-            if bar.disable:
-                done = sum(len(shards[n]) for n in mine[: mine.index(number) + 1])
-                print(f"encode: {done} of {bar.total} records, {time.monotonic() - began:.0f} s", file=sys.stderr)
-    runtime.barrier()
-    if runtime.main:
-        write_index(out, plan, len(shards))
-    runtime.barrier()
+        claim(out, "shards", "--out")
+    with held(out, runtime.main):
+        if runtime.main and not any(out.glob("*.safetensors")):  # nothing depends on these yet
+            delete_file(out / UNREADABLE, "shards")
+        runtime.barrier()
+        known = {str(line.get("digest")): str(line.get("message")) for line in read_lines(out / UNREADABLE)}
+        present = {file.digest for file in files}
+        notes += [f"skipped {message}" for digest, message in known.items() if digest in present]
+        files = with_known(files, known)
+        for line in [*folder.notes(), *notes]:
+            say(line, runtime)
+        Encoding(autoencoder, files, folder, options, runtime, out, known).run()
     return out
 
 
+class Encoding:
+    """One `encode` into a directory that is ours."""
+
+    def __init__(
+        self,
+        autoencoder: PyramidAutoencoder,
+        files: list[ImageFile],
+        folder: Folder,
+        options: EncodeOptions,
+        runtime: Runtime,
+        out: Path,
+        known: dict[str, str],
+    ) -> None:
+        self.autoencoder, self.options, self.runtime, self.out = autoencoder, options, runtime, out
+        self.folder = folder
+        self.present = {file.digest for file in files if file.path}  # not what is only known of
+        self.plan = make_plan(autoencoder, files, options, runtime)
+        self.views = list_views(files, options)
+        self.bad = dict(known)  # images that are none: digest, message
+        self.gone: dict[str, str] = {}  # others that cannot be opened any more
+
+    def run(self) -> None:
+        """To the end, or to the first fault."""
+        plan, runtime, out, options = self.plan, self.runtime, self.out, self.options
+        views, index = self.views, out / INDEX
+        if index.exists():
+            check_plan(out, read_index(out).get("plan"), plan)
+        shards = [views[i : i + options.shard_size] for i in range(0, len(views), options.shard_size)]
+        todo = [n for n in range(len(shards)) if not has_shard(out, n, plan)]
+        runtime.barrier()  # every process has looked before the first one writes
+        if index.exists() and not todo:
+            if runtime.main and not (out / AUTOENCODER).is_dir():
+                replace_directory(out / AUTOENCODER, "model", self.autoencoder.save_pretrained)
+            say(f"encode: {out} is complete{self.describe_missing()}", runtime)
+            return
+        if runtime.main:
+            delete_file(index, "shards")
+        say(
+            f"encode: {len({view.file.digest for view in views})} images, {len(views)} records in {len(shards)} shards "
+            f"({len(shards) - len(todo)} done), {len(plan.levels)} levels, "
+            f"1:{self.autoencoder.compression_ratio():.1f}, {plan.dtype}; to {out}",
+            runtime,
+        )
+        self.refuse_bad()
+        if runtime.main:  # also over one that an interrupted encode of another autoencoder left
+            replace_directory(out / AUTOENCODER, "model", self.autoencoder.save_pretrained)
+        self.autoencoder.to(runtime.device).to(memory_format=torch.channels_last)
+        mine = todo[runtime.rank :: runtime.ranks]
+        with Progress("encode", sum(len(shards[n]) for n in mine), "records") as progress:
+            for number in mine:
+                self.encode_shard(shards[number], number, progress)
+        runtime.barrier()
+        if runtime.main:
+            self.bad |= {str(line.get("digest")): "" for line in read_lines(out / UNREADABLE)}  # of all processes
+            self.refuse_bad()
+            missing = write_index(out, plan, len(shards), self.folder.unreadable)
+            if missing:
+                images = len({view.file.digest for view in views}) + len(self.folder.unreadable)
+                say(f"encode: {missing} of {images} images are missing: they cannot be read", runtime)
+        runtime.barrier()
+
+    def describe_missing(self) -> str:
+        """For a finished cache."""
+        missing = count_missing(read_index(self.out))
+        return f", without {missing} images that cannot be read" if missing else ""
+
+    @torch.inference_mode()
+    def encode_shard(self, views: Sequence[View], number: int, progress: Progress) -> None:
+        """One shard; what cannot be read is named and left out."""
+        records, rows, plan = [], [], self.plan
+        todo = [i for i, view in enumerate(views) if view.file.digest not in self.bad]
+        for batch in view_batches(views, plan, todo, self.options):
+            for bad in batch.bad:
+                self.report(bad, progress)
+            if batch.indices:
+                with self.runtime.autocast():
+                    posterior = self.autoencoder.encode(batch.images(self.runtime.device))
+                records.append(make_record(posterior.mean, posterior.log_variance, plan.dtype))
+                chosen = [views[i] for i in batch.indices]
+                rows += [Row(view.file.digest, view.mirrored, view.crop, view.split) for view in chosen]
+                progress.advance(len(batch.indices))
+        none = torch.empty(0, plan.record_length(), dtype=getattr(torch, plan.dtype))
+        digests = {view.file.digest for view in views}
+        missing, gone = ({d: m for d, m in found.items() if d in digests} for found in (self.bad, self.gone))
+        write_shard(self.out, number, plan, torch.cat([none, *records]), rows, missing, gone)
+
+    def report(self, bad: BadFile, progress: Progress) -> None:
+        """Names a file once, remembers it, and stops where there are too many of its kind."""
+        if bad.digest in self.bad or bad.digest in self.gone:
+            return
+        progress.say(f"skipped {bad.message}")
+        if bad.of_content:
+            self.bad[bad.digest] = bad.message
+            append_line(self.out / UNREADABLE, {"digest": bad.digest, "message": bad.message})
+        else:  # perhaps it comes back; its shard is made again by the next encode
+            self.gone[bad.digest] = bad.message
+        self.refuse_bad()
+
+    def refuse_bad(self) -> None:
+        """UserError where too many of the images that are there cannot be read."""
+        unreadable = len(self.folder.unreadable)
+        bad = len(self.present & (self.bad.keys() | self.gone.keys())) + unreadable
+        images, share = len(self.present) + unreadable, self.options.max_bad_fraction
+        error = too_many_bad(self.folder.root, bad, images, share, "--max-bad-fraction")
+        if error is not None:
+            raise error
+
+
 def make_plan(
-    autoencoder: PyramidAutoencoder, files: list[ImageFile], options: EncodeOptions, runtime: Runtime
+    autoencoder: PyramidAutoencoder, files: Sequence[ImageFile], options: EncodeOptions, runtime: Runtime
 ) -> Plan:
     """What this cache will be."""
     if options.dtype not in ("float16", "float32"):
@@ -135,7 +269,7 @@ def make_plan(
     config = autoencoder.config
     return Plan(
         autoencoder=autoencoder.fingerprint(),
-        data=folder_fingerprint(files),
+        data=fingerprint(files),
         image_size=list(config.image_size),
         levels=[[level.factor, level.channels] for level in autoencoder.levels],
         has_variance=config.latent == "kl",
@@ -147,62 +281,22 @@ def make_plan(
         validation=options.validation,
         seed=options.seed,
         shard_size=options.shard_size,
+        upscale=options.upscale,
     )
 
 
-def list_views(files: list[ImageFile], options: EncodeOptions) -> list[View]:
-    """Every record in order; held-out images contribute their centre crop only."""
+def list_views(files: Sequence[ImageFile], options: EncodeOptions) -> list[View]:
+    """Every record in order. Held-out images are cut and mirrored as the others are, or the distance between the two
+    splits' losses would not say what was learned by heart."""
     train, held_out = split_held_out(files, options.validation)
     views = []
-    for file in train:
-        for crop in range(1, options.crops + 1) if options.crops else [0]:
-            views.append(View(file, crop, False, "train"))
-            if options.flip:
-                views.append(View(file, crop, True, "train"))
-    return views + [View(file, 0, False, "held_out") for file in held_out]
-
-
-@torch.inference_mode()
-def encode_shard(
-    autoencoder: PyramidAutoencoder,
-    views: list[View],
-    number: int,
-    plan: Plan,
-    out: Path,
-    options: EncodeOptions,
-    runtime: Runtime,
-    bar: "tqdm[Any]",
-) -> None:
-    """One shard; unreadable images are named and left out."""
-    records, rows = [], []
-    for images, indices in readable_batches(Views(views, plan), options):
-        with runtime.autocast():
-            posterior = autoencoder.encode(
-                images.to(runtime.device, non_blocking=True, memory_format=torch.channels_last)
-            )
-        records.append(make_record(posterior.mean, posterior.log_variance, plan.dtype))
-        rows += [Row(views[i].file.digest, views[i].mirrored, views[i].crop, views[i].split) for i in indices]
-        bar.update(len(indices))
-    none = torch.empty(0, plan.record_length(), dtype=getattr(torch, plan.dtype))
-    write_shard(out, number, plan, torch.cat([none, *records]), rows)
-
-
-def readable_batches(views: Views, options: EncodeOptions) -> Iterator[tuple[Tensor, list[int]]]:
-    """(images (B, 3, H, W), indices of the views); says which files were skipped."""
-    loader = DataLoader(
-        views, batch_size=options.batch_size, num_workers=options.workers, collate_fn=_as_list, prefetch_factor=2
-        if options.workers else None,
-    )  # fmt: skip
-    for items in loader:
-        good = [(image, index) for image, index in items if isinstance(image, Tensor)]
-        for message in (image for image, _ in items if isinstance(image, str)):
-            tqdm.write(f"skipped {message}", file=sys.stderr)
-        if good:
-            yield torch.stack([image for image, _ in good]), [index for _, index in good]
-
-
-def _as_list(items: list[tuple[Tensor | str, int]]) -> list[tuple[Tensor | str, int]]:
-    return items
+    for split, part in (("train", train), ("held_out", held_out)):
+        for file in part:
+            for crop in range(1, options.crops + 1) if options.crops else [0]:
+                views.append(View(file, crop, False, split))
+                if options.flip:
+                    views.append(View(file, crop, True, split))
+    return views
 
 
 def say(text: str, runtime: Runtime) -> None:

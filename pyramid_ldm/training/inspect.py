@@ -1,7 +1,10 @@
 """What a directory is: a run, a model, a checkpoint or latent shards, as a few lines of text."""
 
+import shlex
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfi
 from pyramid_ldm.data.shards import INDEX, LatentCache
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json
+from pyramid_ldm.ownership import read_whole
 from pyramid_ldm.pipeline import MANIFEST
 from pyramid_ldm.pyramid import compression_ratio
 from pyramid_ldm.training.budget import describe_latents, flops, gib, kind_of_config, load_training, millions, table
@@ -19,10 +23,10 @@ from pyramid_ldm.training.cost import (
     build_autoencoder,
     build_flow,
     count,
-    fake_tensors,
     measure_decode,
     measure_encode,
     measure_evaluation,
+    without_values,
 )
 from pyramid_ldm.training.encode import AUTOENCODER
 from pyramid_ldm.training.runtime import Runtime
@@ -40,15 +44,15 @@ def describe(path: Path) -> str:
     if (path / INDEX).is_file() or any(path.glob("[0-9]*.safetensors")):
         return table(shards(path))
     if (path / MANIFEST).is_file():
-        return table(pipeline(path))
+        return table(model(path, "flow with its autoencoder"))
     if (path / "state.pt").is_file():
         return table(checkpoint(path))
     config = path / "config.yaml"
     match kind_of_config(config) if config.is_file() else None:
         case "train-ae" | "train-flow":
             return table(run(path))
-        case "autoencoder" | "flow":
-            return table(network(path))
+        case "autoencoder" | "flow" as kind:
+            return table(model(path, kind))
     raise UserError(f"{path}: is no run, model, checkpoint or shard directory of pyramid-ldm")
 
 
@@ -64,62 +68,81 @@ def run(path: Path) -> dict[str, str]:
         "images seen": f"{seen} of {config.train.images}" + ("" if seen else "; no checkpoint yet"),
         "checkpoints": ", ".join(f"{d.name} ({gib(total_bytes([d]))})" for d in kept) or "none",
     }
-    if (path / "model" / MANIFEST).is_file():
-        rows |= {name: value for name, value in pipeline(path / "model").items() if name not in ("what", "size")}
-    elif (path / "model" / "config.yaml").is_file():
-        rows |= {name: value for name, value in network(path / "model").items() if name not in ("what", "size")}
+    found = read_whole(path / "model", read_parts)
+    if found is not None:
+        rows |= describe_parts(found)
     elif isinstance(config, AutoencoderTraining):
         rows |= describe_autoencoder(config.model)
     return rows | provenance(path)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model directory says of itself: quickly read, for a run that is training replaces it."""
+
+    autoencoder: AutoencoderConfig | None
+    flow: FlowConfig | None
+    scales: list[float]  # mean standard deviation a level
+
+
+def read_parts(path: Path) -> Parts | None:
+    """Of a model directory of either stage; None where there is none. UserError where it is incomplete."""
+    if (path / MANIFEST).is_file():
+        configs = {name: path / name / "config.yaml" for name in ("flow", "autoencoder")}
+        for config in configs.values():
+            if not config.is_file():
+                raise UserError(f"{config}: not found; copy the model directory whole")
+        manifest = read_json(path / MANIFEST, "copy the model directory whole")
+        try:
+            scales = [sum(level) / len(level) for level in manifest["scaling"]["std"]]
+        except (KeyError, TypeError, ZeroDivisionError):
+            raise UserError(f"{path / MANIFEST}: damaged; copy the model directory whole") from None
+        configs_of_both = load_saved(AutoencoderConfig, configs["autoencoder"]), load_saved(FlowConfig, configs["flow"])
+        return Parts(*configs_of_both, scales)
+    if not (path / "config.yaml").is_file():
+        return None
+    if not (path / "model.safetensors").is_file():
+        raise UserError(f"{path / 'model.safetensors'}: not found; copy the model directory whole")
+    if kind_of_config(path / "config.yaml") == "autoencoder":
+        return Parts(load_saved(AutoencoderConfig, path / "config.yaml"), None, [])
+    return Parts(None, load_saved(FlowConfig, path / "config.yaml"), [])
+
+
+def describe_parts(found: Parts) -> dict[str, str]:
+    """Its networks."""
+    rows = {} if found.autoencoder is None else describe_autoencoder(found.autoencoder)
+    rows |= {} if found.flow is None else describe_flow(found.flow)
+    return rows | ({"latent std": ", ".join(f"{scale:.3g}" for scale in found.scales)} if found.scales else {})
+
+
+def model(path: Path, what: str) -> dict[str, str]:
+    """A model directory."""
+    found = read_whole(path, read_parts)
+    assert found is not None, "its config was there a moment ago"
+    return {"what": f"model directory: {what}", "size": describe_files(path), **describe_parts(found)}
 
 
 def provenance(path: Path) -> dict[str, str]:
     """How a run was last started; empty where that is not known."""
     if not (path / "provenance.json").is_file():
         return {}
-    found = read_json(path / "provenance.json", "it only records how the run was started, delete it")
+    starts = read_json(path / "provenance.json", "it only records how the run was started, delete it")
+    starts = starts if isinstance(starts, list) else [starts]  # formerly the last one alone
+    found = starts[-1] if starts and isinstance(starts[-1], dict) else {}
     versions = ", ".join(f"{name} {found.get(name)}" for name in ("pyramid_ldm", "torch", "python"))
     return {
+        "starts": str(len(starts)),
         "versions": versions,
         "machine": f"{found.get('machine')}, {found.get('threads')} threads",
         "git commit": str(found.get("git_commit") or "none"),
-        "command": " ".join(map(str, found.get("argv", []))),
+        "command": shlex.join(map(str, found.get("argv", []))),
         "data": str(found.get("data_fingerprint")),
-    }
-
-
-def network(path: Path) -> dict[str, str]:
-    """A model directory of one network."""
-    kind = kind_of_config(path / "config.yaml")
-    rows = {"what": f"model directory: {kind}", "size": describe_files(path)}
-    if not (path / "model.safetensors").is_file():
-        raise UserError(f"{path / 'model.safetensors'}: not found; copy the model directory whole")
-    if kind == "autoencoder":
-        return rows | describe_autoencoder(load_saved(AutoencoderConfig, path / "config.yaml"))
-    return rows | describe_flow(load_saved(FlowConfig, path / "config.yaml"))
-
-
-def pipeline(path: Path) -> dict[str, str]:
-    """A flow's model directory, with its autoencoder."""
-    parts = {name: path / name / "config.yaml" for name in ("flow", "autoencoder")}
-    for config in parts.values():
-        if not config.is_file():
-            raise UserError(f"{config}: not found; copy the model directory whole")
-    manifest = read_json(path / MANIFEST, "copy the model directory whole")
-    autoencoder = load_saved(AutoencoderConfig, parts["autoencoder"])
-    scales = [sum(level) / len(level) for level in manifest["scaling"]["std"]]
-    return {
-        "what": "model directory: flow with its autoencoder",
-        "size": describe_files(path),
-        **describe_autoencoder(autoencoder),
-        **describe_flow(load_saved(FlowConfig, parts["flow"])),
-        "latent std": ", ".join(f"{scale:.3g}" for scale in scales),
     }
 
 
 def describe_autoencoder(config: AutoencoderConfig) -> dict[str, str]:
     """Image size, latents, parameters, FLOPs of an image."""
-    with fake_tensors():
+    with without_values():
         model = build_autoencoder(config)
         encode, decode = measure_encode(model, 1, FP32), measure_decode(model, FP32)
         encoder, decoder = count(model.encoder), count(model.decoder)
@@ -133,7 +156,7 @@ def describe_autoencoder(config: AutoencoderConfig) -> dict[str, str]:
 
 def describe_flow(config: FlowConfig) -> dict[str, str]:
     """Parameters and FLOPs of an evaluation."""
-    with fake_tensors():
+    with without_values():
         model = build_flow(config)
         evaluation = measure_evaluation(model, FP32)
         parameters = count(model)
@@ -170,16 +193,14 @@ def shards(path: Path) -> dict[str, str]:
     if not (path / INDEX).is_file():
         done = len(list(path.glob("[0-9]*.safetensors")))
         return rows | {"state": f"unfinished: {done} shards, no {INDEX}; run the same `pyramid-ldm encode` again"}
-    try:
-        cache = LatentCache(path)
-    except TypeError:  # the index's plan has other keys
-        raise UserError(f"{path / INDEX}: was written by another version of pyramid-ldm; run encode again") from None
+    cache = LatentCache(path)
     plan, splits = cache.plan, Counter(row.split for row in cache.rows)
     shapes = " + ".join(f"{h}x{w}x{c}" for c, h, w in plan.shapes())
     stds = ", ".join(f"{level['std']:.3g}" for level in cache.statistics)
     rows |= {
         "records": f"{len(cache.rows)} in {len(cache.shards)} shards: {splits['train']} to train on, "
-        f"{splits['held_out']} held out; {len({row.source for row in cache.rows})} images",
+        f"{splits['held_out']} held out; {len({row.source for row in cache.rows})} images"
+        + (f", {cache.missing} more are missing (they cannot be read)" if cache.missing else ""),
         "images": f"{plan.image_size[0]}x{plan.image_size[1]}, "
         + (f"{plan.crops} random crops, zoom up to {plan.zoom:g}" if plan.crops else "centre crop")
         + (", with mirrored copies" if plan.flip else ""),
@@ -201,10 +222,14 @@ def describe_files(path: Path) -> str:
     entries = sorted(((total_bytes([entry]), entry) for entry in path.iterdir()), key=lambda pair: (-pair[0], pair[1]))
     shown = [f"{entry.name}{'/' if entry.is_dir() else ''} {gib(size)}" for size, entry in entries[:8]]
     more = f", and {len(entries) - 8} more" if len(entries) > 8 else ""
-    return f"{gib(total_bytes([path]))}: " + ", ".join(shown) + more
+    return f"{gib(sum(size for size, _ in entries))}: " + ", ".join(shown) + more
 
 
 def total_bytes(paths: Iterable[Path]) -> int:
-    """Of files, and of everything below directories."""
-    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-    return sum(file.stat().st_size for file in files)
+    """Of files, and of everything below directories; what vanishes meanwhile counts nothing."""
+    total = 0
+    for path in paths:
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            with suppress(OSError):
+                total += file.stat().st_size if file.is_file() else 0
+    return total

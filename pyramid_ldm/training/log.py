@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pyramid_ldm.files import write_atomic, write_text
+from pyramid_ldm.files import append_line, read_lines, write_atomic, write_text
+from pyramid_ldm.training.schedule import due
 
 
 class Metrics:
@@ -35,6 +36,15 @@ class Metrics:
         """`add` for each."""
         for part in values:
             self.add(part)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint, which need not fall on a log line."""
+        return {"sums": {name: value.cpu() for name, value in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """The inverse."""
+        self.sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.counts = dict(state["counts"])
 
     def take(self) -> dict[str, float]:
         """Means since the last call."""
@@ -62,13 +72,10 @@ class RunLog:
 
     def _truncate(self, images_seen: int) -> None:
         """Drops lines after the checkpoint that is resumed, which are about to be written again."""
-        if self.metrics_file.exists():
-            lines = [
-                line
-                for line in self.metrics_file.read_text().splitlines()
-                if line.endswith("}") and json.loads(line)["images_seen"] <= images_seen
-            ]
-            write_text(self.metrics_file, "".join(line + "\n" for line in lines))
+        records = read_lines(self.metrics_file)
+        if records:
+            kept = [record for record in records if record.get("images_seen", 0) <= images_seen]
+            write_text(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def advance(self, images_seen: int) -> None:
         """Moves the bar."""
@@ -83,8 +90,7 @@ class RunLog:
         rate = (images_seen - self.began_at) / max(elapsed, 1e-9)
         record: dict[str, Any] = {"images_seen": images_seen, "images_per_second": rate, **values}
         clean = {k: (v if not isinstance(v, float) or math.isfinite(v) else None) for k, v in record.items()}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+        append_line(self.metrics_file, clean)
         for key, value in values.items():
             self.tensorboard.add_scalar(key, value, images_seen)
         shown = {k: f"{v:.4g}" for k, v in values.items() if k in ("loss", "l1", "psnr", "lpips")}
@@ -100,9 +106,19 @@ class RunLog:
             return
         import numpy as np
 
-        path = self.run / "images" / f"{name}-{images_seen:08d}.png"
-        write_atomic(path, lambda temporary: image.save(temporary, format="PNG"))
+        write_atomic(self.picture_path(name, images_seen), lambda temporary: image.save(temporary, format="PNG"))
         self.tensorboard.add_image(name, torch.from_numpy(np.array(image)), images_seen, dataformats="HWC")
+
+    def picture_path(self, name: str, images_seen: int) -> Path:
+        """Where `picture` puts it."""
+        return self.run / "images" / f"{name}-{images_seen:08d}.png"
+
+    def picture_missing(self, name: str, interval: int, step: int, *, last: bool) -> bool:
+        """Whether the images seen at the start called for a picture (every `interval`, or as the `last`), and it is not
+        there."""
+        seen = self.began_at
+        wanted = seen > 0 and (last or due(interval, seen - step, seen))
+        return wanted and self.main and not self.picture_path(name, seen).exists()
 
     def say(self, text: str) -> None:
         """A line on stderr that does not tear the bar."""

@@ -1,90 +1,100 @@
-"""The run directory: opening it, refusing to resume under another config, and the loader that feeds a loop."""
+"""The run directory: claiming, locking and re-opening it, and where a run comes from."""
 
-import dataclasses
-import json
+import contextlib
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from pyramid_ldm import __version__
 from pyramid_ldm.config import load_saved, save_config
-from pyramid_ldm.data.order import PositionSampler
+from pyramid_ldm.config.base import differences
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.files import write_atomic, write_json
+from pyramid_ldm.files import read_json, write_atomic, write_json
+from pyramid_ldm.ownership import claim, held, keep_apart
+from pyramid_ldm.training.checkpoint import checkpoint_directories
 from pyramid_ldm.training.runtime import Runtime
 
-# May differ from one start of a run to the next; everything else is what the run *is*.
-MUTABLE = ("device", "compile", "precision", "train.images", "train.regions", "train.region_size",
-           "train.max_nonfinite", "data.workers", "data.root",
-           "data.shards", "data.max_bad_fraction", "ema.export",
-           "log.", "checkpoint.", "samples.", "run_dir")  # fmt: skip
 
-Batch = TypeVar("Batch")
+@contextlib.contextmanager
+def open_run(config: Any, inputs: dict[str, Path | None], runtime: Runtime) -> Iterator[Path]:
+    """Creates or re-opens `config.run_dir` and keeps other commands off it.
 
+    Args:
+        inputs: what the run reads, by the name the user knows it by; none of it may lie inside the run or around it.
 
-def open_run(config: Any, data_fingerprint: str, runtime: Runtime) -> Path:
-    """Creates or re-opens `config.run_dir`; writes config.yaml and provenance.json.
-
-    Raises UserError where the directory holds a run with another config or other data.
+    Raises UserError where the directory is not a run of ours, another command has it, or it holds a run of another
+    config.
     """
     run = Path(config.run_dir)
-    saved, provenance = run / "config.yaml", run / "provenance.json"
-    if saved.is_file() and (run / "checkpoints").is_dir():
-        refuse_other_config(run, load_saved(type(config), saved), config)
-        if provenance.is_file():
-            before = json.loads(provenance.read_text()).get("data_fingerprint")
-            if before != data_fingerprint:
-                raise UserError(
-                    f"{run}: was started on other data ({before}, now {data_fingerprint}); use a new run_dir"
-                )
-    elif run.exists() and any(run.iterdir()) and not saved.is_file():
-        raise UserError(f"{run}: is not empty and not a run; give another run_dir")
-    runtime.barrier()  # every process has looked before the first one writes
+    keep_apart(run, "run_dir", inputs)
     if runtime.main:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomic(saved, lambda path: save_config(config, path))
-        write_json(provenance, describe_provenance(data_fingerprint))
-    runtime.barrier()
-    return run
+        claim(run, "run", "run_dir")
+    with held(run, runtime.main):
+        if checkpoint_directories(run):
+            refuse_other_config(run, load_saved(type(config), run / "config.yaml"), config)
+        runtime.barrier()  # every process has looked before the first one writes
+        yield run
+
+
+def record_start(run: Path, config: Any, runtime: Runtime, images_seen: int, data: str) -> None:
+    """Writes config.yaml and adds this start to provenance.json."""
+    if not runtime.main:
+        return
+    path = run / "provenance.json"
+    starts: Any = []
+    with contextlib.suppress(UserError):  # it only records
+        starts = read_json(path, "")
+    write_json(
+        path, [*(starts if isinstance(starts, list) else []), describe_start(config, runtime, images_seen, data)]
+    )
+    write_atomic(run / "config.yaml", lambda temporary: save_config(config, temporary))
 
 
 def refuse_other_config(run: Path, before: Any, now: Any) -> None:
-    """UserError naming the first key, outside MUTABLE, that differs."""
-    old, new = flat_keys(dataclasses.asdict(before)), flat_keys(dataclasses.asdict(now))
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(MUTABLE):
-            raise UserError(
-                f"{run}: was started with {key}={old.get(key)}, now {new.get(key)}; use a new run_dir, or the old value"
-            )
+    """UserError naming the first key that differs and may not."""
+    for key, old, new in differences(before, now):
+        raise UserError(f"{run}: was started with {key}={old}, now {new}; use a new run_dir, or the old value")
 
 
-def flat_keys(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"train.images": 100, ...}; lists stay whole."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    found: dict[str, Any] = {}
-    for key, child in value.items():
-        found |= flat_keys(child, f"{prefix}.{key}" if prefix else key)
-    return found
+def refuse_other_step(run: Path, before: int, config: Any, runtime: Runtime) -> None:
+    """UserError where a step would not see as many images as those before."""
+    train = config.train
+    now = train.batch_size * train.accumulate * runtime.ranks
+    if now == before:
+        return
+    fitting, rest = divmod(before, train.batch_size * runtime.ranks)
+    remedy = f"train.accumulate={fitting}" if rest == 0 and fitting else "train.batch_size and train.accumulate"
+    raise UserError(
+        f"{run}: every step so far saw {before} images, now {train.batch_size} (train.batch_size) x {train.accumulate} "
+        f"(train.accumulate) x {runtime.ranks} (processes) = {now}; set {remedy} so that it stays {before}"
+    )
 
 
-def describe_provenance(data_fingerprint: str) -> dict[str, Any]:
+def describe_start(config: Any, runtime: Runtime, images_seen: int, data: str) -> dict[str, Any]:
     """What a result's reader wants to know of how it was made."""
     return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "images_seen": images_seen,
         "pyramid_ldm": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.platform(),
+        "device": str(runtime.device),
+        "precision": "bf16" if runtime.bf16 else "fp32",
+        "processes": runtime.ranks,
+        "batch_size": config.train.batch_size,
+        "accumulate": config.train.accumulate,
+        "learning_rate": config.train.learning_rate,
         "threads": torch.get_num_threads(),
         "git_commit": git_commit(),
         "argv": sys.argv,
-        "data_fingerprint": data_fingerprint,
+        "data_fingerprint": data,
     }
 
 
@@ -96,36 +106,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def batches(
-    dataset: Dataset[Any],
-    collate: Callable[[list[Any]], Batch],
-    *,
-    start: int,
-    stop: int,
-    batch_size: int,
-    workers: int,
-    runtime: Runtime,
-) -> Iterator[Batch]:
-    """Micro-batches of this rank from position `start` to `stop`, prepared ahead by `workers` processes."""
-    sampler = PositionSampler(start=start, stop=stop, batch_size=batch_size, rank=runtime.rank, ranks=runtime.ranks)
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=runtime.device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_single_thread,
-    )
-    return iter(loader)
-
-
-def _single_thread(worker: int) -> None:
-    import signal
-
-    torch.set_num_threads(1)
-    # Ctrl-C reaches the whole process group; the loop decides when its workers end. Not so SIGTERM: it is how Python
-    # ends workers at exit.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import re
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pyramid_ldm.allocator import keep_freed_memory
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.randomness import derive_seed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,52 @@ class Runtime:
         if self.ranks > 1:
             dist.barrier()
 
+    def first(self, make: Callable[[], T]) -> T:
+        """`make()` of the first process, for all of them: what must be the same everywhere, or is done once."""
+        if self.ranks == 1:
+            return make()
+        found: list[T | UserError | None] = [None]
+        if self.main:
+            try:
+                found = [make()]
+            except UserError as error:
+                found = [error]
+        dist.broadcast_object_list(found, src=0, device=self.device if self.device.type == "cuda" else None)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        return cast(T, found[0])
+
+    def gather_largest(self, value: Tensor) -> Tensor:
+        """The element-wise maximum over processes."""
+        if self.ranks > 1:
+            value = value.clone()
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return value
+
+    def from_first(self, value: Tensor) -> Tensor:
+        """The first process's tensor; those of the others must have its shape."""
+        if self.ranks > 1:
+            dist.broadcast(value, 0)
+        return value
+
+    @contextlib.contextmanager
+    def last_micro_step(self, last: bool, *models: nn.Module | None) -> Iterator[None]:
+        """Within, backward passes of DDP-wrapped models sum gradients over processes only if `last`."""
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                if isinstance(model, DistributedDataParallel) and not last:
+                    stack.enter_context(model.no_sync())
+            yield
+
+    def fetch(self, stop: "StopRequest", feed: Iterator[T], count: int) -> list[T]:
+        """The next `count` items. One process alone may be interrupted while it waits; several look at signals
+        together, between steps."""
+
+        def get() -> list[T]:
+            return [next(feed) for _ in range(count)]
+
+        return stop.wait_for(get) if self.ranks == 1 else get()
+
     def seed_step(self, seed: int, images_seen: int) -> None:
         """Seeds what a forward pass draws (dropout) from (seed, rank, images seen)."""
         torch.manual_seed(derive_seed(seed, "step", self.rank, images_seen))
@@ -113,10 +164,11 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={device}: PyTorch {torch.__version__} sees no CUDA device here; use device=cpu")
-    try:
-        chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device={device}: no such device; use auto, cpu, cuda, cuda:1 or mps") from None
+    if device not in ("cpu", "mps", "cuda") and not re.fullmatch(r"cuda:\d{1,4}", device):
+        raise UserError(f"device={device}: no such device; use auto, cpu, cuda, cuda:1 or mps")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"device=mps: PyTorch {torch.__version__} sees no such device here; use device=cpu")
+    chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={device}: this machine has {torch.cuda.device_count()} CUDA devices, from cuda:0")
     return chosen
@@ -138,22 +190,43 @@ def cpu_has_bf16() -> bool:
     return False
 
 
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM came while a loop waited for data. No Exception: whoever reads a file and expects any, as one
+    does with damaged ones, would take it for the file's."""
+
+
 class StopRequest:
     """Set by Ctrl-C or SIGTERM; a loop looks at it between steps. A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self._waiting = False
+
+    def wait_for(self, get: Callable[[], T]) -> T:
+        """`get()`, which may take for ever: a signal ends it with `Interrupted`."""
+        self._waiting = True
+        try:
+            if self.requested:
+                raise Interrupted
+            return get()
+        finally:
+            self._waiting = False
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
+        if self._waiting:
+            self._waiting = False
+            raise Interrupted
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
     """Installs the handlers for the length of a loop."""
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # nobody can send it a signal
+        return
     previous = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request

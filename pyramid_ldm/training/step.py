@@ -54,13 +54,18 @@ class NonFinite:
         """The inverse."""
         self.count, self.in_a_row = state["count"], state["in_a_row"]
 
-    def record(self, finite: bool, sources: list[str]) -> bool:
-        """Returns `finite`; UserError with the batch's sources at the limit."""
+    @property
+    def exceeded(self) -> bool:
+        """Whether the run has ended; what it holds then is not worth keeping."""
+        return self.in_a_row >= self.limit
+
+    def record(self, finite: bool, sources: list[str]) -> UserError | None:
+        """What to say, with the batch's sources, when there have been too many in a row."""
         self.in_a_row = 0 if finite else self.in_a_row + 1
         self.count += not finite
-        if self.in_a_row >= self.limit:
-            raise UserError(
-                f"{self.limit} steps in a row gave a loss that is not finite; lower train.learning_rate or use "
-                f"precision=fp32; the last batch: {', '.join(sources[:8])}"
-            )
-        return finite
+        if not self.exceeded:
+            return None
+        return UserError(
+            f"{self.limit} steps in a row gave a loss that is not finite; lower train.learning_rate or use "
+            f"precision=fp32, and run again from the last checkpoint; the last batch: {', '.join(sources[:8])}"
+        )

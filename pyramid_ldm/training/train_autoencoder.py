@@ -1,101 +1,37 @@
 """Stage one: a folder of photographs to a pyramid autoencoder."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator, hinge_loss
-from pyramid_ldm.autoencoder.loss import AutoencoderLoss, discriminator_learns
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
-from pyramid_ldm.autoencoder.regions import Regions
-from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
-from pyramid_ldm.data.images import ImageFile, find_images, folder_fingerprint, split_held_out
-from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images, load_held_out
+from pyramid_ldm.autoencoder.loss import discriminator_learns
+from pyramid_ldm.config.autoencoder import AutoencoderTraining
+from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
+from pyramid_ldm.data.loading import load_batches
+from pyramid_ldm.data.order import PositionSampler
+from pyramid_ldm.data.photographs import (
+    BadFile,
+    Photographs,
+    Preprocessing,
+    collate_images,
+    crops_to_examine,
+)
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import comparison_grid
 from pyramid_ldm.evaluation.metrics import local_lipschitz, psnr, ssim
-from pyramid_ldm.files import replace_directory
 from pyramid_ldm.nn.layers import advance_spectral_norm
-from pyramid_ldm.pyramid import level_shapes, pyramid_noise
+from pyramid_ldm.ownership import replace_directory
+from pyramid_ldm.pyramid import level_shapes
+from pyramid_ldm.training.autoencoder_state import Build, State, accumulate, build_state, revive_codes
 from pyramid_ldm.training.checkpoint import load_newest, prune, save_checkpoint
-from pyramid_ldm.training.ema import PowerEma
-from pyramid_ldm.training.log import Metrics, RunLog
-from pyramid_ldm.training.run import batches, open_run
-from pyramid_ldm.training.runtime import Runtime, start, stop_on_signal
+from pyramid_ldm.training.log import RunLog
+from pyramid_ldm.training.run import open_run, record_start, refuse_other_step
+from pyramid_ldm.training.runtime import Interrupted, Runtime, start, stop_on_signal
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
-from pyramid_ldm.training.step import NonFinite, per_step, rounding_note, set_learning_rate, take_step
-
-Build = Callable[[AutoencoderConfig], PyramidAutoencoder]
-
-
-@dataclass
-class State:
-    """Everything that a step changes."""
-
-    autoencoder: PyramidAutoencoder
-    discriminator: PatchDiscriminator | None
-    optimizer: torch.optim.Optimizer
-    disc_optimizer: torch.optim.Optimizer | None
-    ema: PowerEma
-    loss: AutoencoderLoss
-    nonfinite: NonFinite
-    images_seen: int = 0
-    unreadable: set[str] = field(default_factory=set)  # a message a file
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        return {
-            "images_seen": self.images_seen,
-            "unreadable": sorted(self.unreadable),
-            "autoencoder": self.autoencoder.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "discriminator": self.discriminator.state_dict() if self.discriminator else None,
-            "disc_optimizer": self.disc_optimizer.state_dict() if self.disc_optimizer else None,
-            "adaptive_weight": self.loss.adaptive.value,
-            "nonfinite": self.nonfinite.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Strict."""
-        self.images_seen, self.unreadable = state["images_seen"], set(state["unreadable"])
-        self.autoencoder.load_state_dict(state["autoencoder"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.loss.adaptive.value = state["adaptive_weight"]
-        self.nonfinite.load_state_dict(state["nonfinite"])
-        if self.discriminator is not None and self.disc_optimizer is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.disc_optimizer.load_state_dict(state["disc_optimizer"])
-
-
-def build_state(config: AutoencoderTraining, device: torch.device, build: Build = PyramidAutoencoder) -> State:
-    """Networks, optimizers, averages and loss at zero images, on `device`."""
-    runtime_seed, loss_config, train = config.seed, config.loss, config.train
-    torch.manual_seed(runtime_seed)
-    autoencoder = build(config.model).to(device).to(memory_format=torch.channels_last)
-    discriminator = disc_optimizer = None
-    betas, fused = (train.beta1, train.beta2), device.type in ("cuda", "cpu")
-    if loss_config.gan.weight > 0:
-        discriminator = PatchDiscriminator(loss_config.gan.channels, loss_config.gan.layers)
-        discriminator = discriminator.to(device).to(memory_format=torch.channels_last)
-        rate = loss_config.gan.learning_rate or train.learning_rate
-        disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=rate, betas=betas, fused=fused)
-    perceptual = PerceptualLoss(loss_config.perceptual.weights, device) if loss_config.perceptual.weight > 0 else None
-    return State(
-        autoencoder,
-        discriminator,
-        torch.optim.Adam(autoencoder.parameters(), lr=train.learning_rate, betas=betas, fused=fused),
-        disc_optimizer,
-        PowerEma(autoencoder, config.ema.widths),
-        AutoencoderLoss(loss_config, perceptual, discriminator),
-        NonFinite(train.max_nonfinite),
-    )
+from pyramid_ldm.training.step import per_step, rounding_note, set_learning_rate, take_step
 
 
 def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoencoder) -> tuple[Path, bool]:
@@ -105,43 +41,69 @@ def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoenc
         build: the network of a model config; another one is trained in exactly the same way, to be compared.
     """
     runtime = start(config.device, config.precision)
-    files = find_images(Path(config.data.root))
-    train_files, held_out_files = split_held_out(files, config.data.validation)
-    run = open_run(config, folder_fingerprint(files), runtime)
-    state = build_state(config, runtime.device, build)
-    resumed, skipped = load_newest(run)
-    if resumed is not None:
-        state.load_state_dict(resumed)
-    model = runtime.wrap(state.autoencoder, config.compile)
-    judge = runtime.wrap(state.discriminator) if state.discriminator is not None else None
+    with open_run(config, {"data.root": Path(config.data.root)}, runtime) as run:
+        return run, _train(config, build, run, runtime)
 
-    train = config.train
+
+def _train(config: AutoencoderTraining, build: Build, run: Path, runtime: Runtime) -> bool:
+    folder: Folder = runtime.first(lambda: scan(Path(config.data.root)))
+    size, train = (config.image_size[0], config.image_size[1]), config.train
+    files, notes = folder.large_enough(size, config.data.upscale)
+    state = build_state(config, runtime.device, build)
+    notes = [*folder.notes(), *notes, *resume(config, state, run, runtime)]
+    present = {file.digest for file in files}
+    notes += [f"skipped {message}" for digest, message in state.bad.items() if digest in present]
+    files = with_known(files, state.bad)
+    train_files, held_out_files = begin(config, state, files, run, runtime)
+    model = runtime.wrap(state.autoencoder, config.compile)
+    discriminator = runtime.wrap(state.discriminator) if state.discriminator is not None else None
+
     step_images = per_step(train, runtime)
     total = whole_steps(train.images, step_images)
-    size = (config.image_size[0], config.image_size[1])
-    looks = Preprocessing(size, config.data.crop, config.data.zoom, config.data.flip)
-    feed = batches(
-        Photographs(train_files, looks, config.seed),
+    look = Preprocessing(size, config.data.crop, config.data.zoom, config.data.flip, config.data.upscale)
+    photographs = Photographs(train_files, look, config.seed, state.bad)
+    feed = load_batches(
+        photographs,
         collate_images,
-        start=state.images_seen,
-        stop=state.images_seen + whole_steps(total - state.images_seen, step_images),
-        batch_size=train.batch_size,
+        PositionSampler(
+            start=state.images_seen,
+            stop=state.images_seen + whole_steps(total - state.images_seen, step_images),
+            batch_size=train.batch_size,
+            rank=runtime.rank,
+            ranks=runtime.ranks,
+        ),
         workers=config.data.workers,
-        runtime=runtime,
+        pin=runtime.device.type == "cuda",
     )
     disc_rate = config.loss.gan.learning_rate or train.learning_rate
-    metrics = Metrics()
+    failure: UserError | None = None
+
+    def refuse_bad() -> UserError | None:
+        bad = len(present & (state.bad.keys() | state.gone)) + len(folder.unreadable)
+        images = len(present) + len(folder.unreadable)
+        key = "data.max_bad_fraction"
+        error = too_many_bad(config.data.root, bad, images, config.data.max_bad_fraction, key)
+        if not runtime.any(error is not None):
+            return None
+        return error or UserError(f"{config.data.root}: another process met more bad images than {key} allows")
 
     with (
         stop_on_signal() as stop,
         RunLog(run, main=runtime.main, start=state.images_seen, total=total, name="train-ae") as log,
     ):
-        for line in skipped:
+        for line in notes:
             log.say(line)
         log.say(describe(config, state, runtime, len(train_files), len(held_out_files), total))
+
+        def look_closely() -> None:
+            examine(config, state, held_out_files, train_files, look, runtime, log)
+
         if state.images_seen >= total:
             log.say(f"trained already; model/ is written again: the average of ema.export={config.ema.export}")
             export(config, run, state, runtime)
+        done = state.images_seen >= total
+        if log.picture_missing("reconstructions", config.log.pictures_every, step_images, last=done):
+            look_closely()  # a kill came between the checkpoint and its pictures
         while state.images_seen < total and not runtime.any(stop.requested):
             before = state.images_seen
             rate = learning_rate(train, before)
@@ -149,136 +111,168 @@ def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoenc
             if state.disc_optimizer is not None:
                 set_learning_rate(state.disc_optimizer, rate * disc_rate / train.learning_rate)
 
-            seen_files: list[str] = []
+            try:  # all of a step's data first: whatever happens here, the state is that of a whole step
+                batches = runtime.fetch(stop, feed, train.accumulate)
+            except (Interrupted, UserError) as error:
+                if runtime.ranks > 1:  # the others know nothing of it
+                    raise
+                failure = error if isinstance(error, UserError) else None
+                break
+            report_bad([bad for batch in batches for bad in batch.bad], state, log)
+            failure = refuse_bad()
+            if failure is not None:
+                break
             terms: list[dict[str, Tensor]] = []
-            for micro in range(train.accumulate):
-                batch = next(feed)
-                report_unreadable(batch, state, log)
-                seen_files += batch.files
+            for micro, batch in enumerate(batches):
                 runtime.seed_step(config.seed, before + micro * train.batch_size * runtime.ranks)
-                terms.append(accumulate(config, state, model, judge, batch, runtime))
+                with runtime.last_micro_step(micro == train.accumulate - 1, model, discriminator):
+                    terms.append(accumulate(config, state, model, discriminator, batch, runtime))
 
-            refuse_many_unreadable(config, state, len(train_files), runtime)
-            finite = take_step(state.optimizer, state.autoencoder, train.gradient_clip, runtime, metrics, "grad_norm")
+            finite = take_step(
+                state.optimizer, state.autoencoder, train.gradient_clip, runtime, state.metrics, "grad_norm"
+            )
             state.images_seen = before + step_images
             if finite:
                 advance_spectral_norm(state.autoencoder)
                 state.ema.update(state.autoencoder, state.images_seen, step_images)
             if state.disc_optimizer is not None and state.discriminator is not None:
                 if discriminator_learns(config.loss.gan, before):
-                    finite &= take_step(state.disc_optimizer, state.discriminator, 0.0, runtime, metrics, "disc_norm")
+                    finite &= take_step(
+                        state.disc_optimizer, state.discriminator, 0.0, runtime, state.metrics, "disc_norm"
+                    )
                 state.loss.adaptive.finish_step(runtime.average)
-            if state.nonfinite.record(finite, seen_files):
-                metrics.add_all(terms)
+            revive_codes(config, state, batches[-1], before, runtime)
+            failure = state.nonfinite.record(finite, [name for batch in batches for name in batch.files])
+            if failure is not None:
+                break
+            if finite:
+                state.metrics.add_all(terms)
 
             log.advance(state.images_seen)
             last = state.images_seen >= total
             if due(config.log.every, before, state.images_seen) or last:
-                values = runtime.mean(metrics.take())
-                log.metrics(
-                    state.images_seen, values | {"learning_rate": rate, "nonfinite": float(state.nonfinite.count)}
-                )
-            if due(config.log.pictures_every, before, state.images_seen) or last:
-                examine(config, state, held_out_files, train_files, size, runtime, log)
+                values = runtime.mean(state.metrics.take())
+                if state.codebook is not None:
+                    values |= state.codebook.figures(state.autoencoder.level_names, runtime)
+                values |= {"learning_rate": rate, "nonfinite": float(state.nonfinite.count)}
+                log.metrics(state.images_seen, values)
             if due(config.checkpoint.every, before, state.images_seen) or last:
                 save(config, run, state, runtime)
-        if state.images_seen < total:
+            if due(config.log.pictures_every, before, state.images_seen) or last:
+                look_closely()
+        if 0 < state.images_seen < total and not state.nonfinite.exceeded:
             save(config, run, state, runtime)
+    if failure is not None:
+        raise failure
     runtime.barrier()
-    return run, state.images_seen >= total
+    return state.images_seen >= total
 
 
-def accumulate(
-    config: AutoencoderTraining,
-    state: State,
-    model: nn.Module,
-    judge: nn.Module | None,
-    batch: ImageBatch,
-    runtime: Runtime,
-) -> dict[str, Tensor]:
-    """One micro-batch: adds the gradients of both networks' objectives, each to its own parameters."""
-    images = batch.images.to(runtime.device, non_blocking=True, memory_format=torch.channels_last)
-    shapes = level_shapes(state.autoencoder.levels, config.image_size)
-    noise = None
-    if config.model.latent == "kl":
-        noise = pyramid_noise(shapes, config.seed, "posterior", batch.positions)
-    scale, train = 1 / config.train.accumulate, config.train
-    regions = None
-    if train.regions:
-        regions = Regions.draw(train.regions, train.region_size, config.image_size, config.seed, batch.positions)
-    with runtime.autocast():
-        output = model(images, noise, regions)
-        target = images if regions is None else regions.cut(images)
-        terms = state.loss.accumulate_gradients(
-            output, target, state.autoencoder.decoder.last_weight, state.images_seen, scale
-        )
-        if judge is not None and discriminator_learns(config.loss.gan, state.images_seen):
-            real, fake = judge(torch.cat([target, output.reconstruction.detach()])).chunk(2)
-            disc = hinge_loss(real, fake)
-            terms |= {"disc": disc.detach(), "logits_real": real.mean(), "logits_fake": fake.mean()}
-    if "disc" in terms:
-        (disc * scale).backward()
-    if config.model.latent == "vq":
-        terms["codebook_perplexity"] = output.codebook_perplexity
-    return terms
+def resume(config: AutoencoderTraining, state: State, run: Path, runtime: Runtime) -> list[str]:
+    """Loads the newest whole checkpoint, if there is one, into `state`; returns what is to be said about it."""
+    saved, skipped = load_newest(run)
+    if saved is not None:
+        refuse_other_step(run, saved["images_per_step"], config, runtime)
+        state.load_state_dict(saved)
+    return skipped
 
 
-def report_unreadable(batch: ImageBatch, state: State, log: RunLog) -> None:
-    """Names each file that was skipped, once, from the process that met it."""
-    for message in batch.unreadable:
-        if message not in state.unreadable:
-            state.unreadable.add(message)
-            log.warn(f"skipped {message}")
-
-
-def refuse_many_unreadable(config: AutoencoderTraining, state: State, files: int, runtime: Runtime) -> None:
-    """Stops the run, on every process, when more files than `data.max_bad_fraction` (and than 3) cannot be read."""
-    if runtime.any(len(state.unreadable) > max(3, config.data.max_bad_fraction * files)):
+def begin(
+    config: AutoencoderTraining, state: State, files: Sequence[ImageFile], run: Path, runtime: Runtime
+) -> tuple[list[ImageFile], list[ImageFile]]:
+    """Records the start; returns (training, held out). UserError where the run was begun on other photographs."""
+    data = fingerprint(files)
+    if state.images_seen and state.data != data:
         raise UserError(
-            f"{config.data.root}: {len(state.unreadable)} of {files} images cannot be read, more than "
-            f"data.max_bad_fraction={config.data.max_bad_fraction}; mend or remove them"
+            f"{run}: was started on other photographs ({state.data}, now {data}); use a new run_dir, or give those "
+            f"back (files that could not be read may be missing)"
         )
+    state.data, state.images_per_step = data, per_step(config.train, runtime)
+    train_files, held_out_files = split_held_out(files, config.data.validation)
+    record_start(run, config, runtime, state.images_seen, data)
+    return train_files, held_out_files
 
 
-@torch.no_grad()
+def report_bad(found: Sequence[BadFile], state: State, log: RunLog) -> None:
+    """Names each file that was skipped, once, from the process that met it."""
+    for bad in found:
+        if bad.digest in state.bad or bad.digest in state.gone:
+            continue
+        log.warn(f"skipped {bad.message}")
+        if bad.of_content:
+            state.bad[bad.digest] = bad.message
+        else:
+            state.gone.add(bad.digest)
+
+
 def examine(
     config: AutoencoderTraining,
     state: State,
     held_out: list[ImageFile],
     train: list[ImageFile],
-    size: tuple[int, int],
+    look: Preprocessing,
     runtime: Runtime,
     log: RunLog,
 ) -> None:
-    """Held-out images (training images where none are held out) through the EMA model: PSNR, SSIM, LPIPS, and a grid of
-    originals beside reconstructions."""
+    """Up to `log.examined` held-out and as many training images, cut as training cuts, through the averaged model:
+    PSNR, SSIM, LPIPS of each split, and a grid of originals beside reconstructions. Whatever goes wrong here ends no
+    run."""
     if not runtime.main:
         return
+    try:
+        bad: list[BadFile] = []
+        _examine(config, state, held_out, train, look, runtime, log, bad)
+        report_bad(bad, state, log)
+    except Exception as error:
+        log.warn(f"no held-out figures and pictures this time: {type(error).__name__}: {error}")
+
+
+@torch.no_grad()
+def _examine(
+    config: AutoencoderTraining,
+    state: State,
+    held_out: list[ImageFile],
+    train: list[ImageFile],
+    look: Preprocessing,
+    runtime: Runtime,
+    log: RunLog,
+    bad: list[BadFile],
+) -> None:
     averaged = state.ema.export(state.autoencoder, config.ema.export)
-    images = load_held_out(held_out or train, size, config.log.pictures).to(runtime.device)
-    shown, values = [], []
-    for image in images.split(1):
-        with runtime.autocast():
-            decoded = averaged.decode_tiled(averaged.encode(image).mode()).float().clamp(-1, 1)
-        shown.append(decoded)
-        lpips = float("nan") if state.loss.perceptual is None else state.loss.perceptual.in_parts(decoded, image)
-        values.append((float(psnr(decoded, image)), float(ssim(decoded, image)), lpips))
-    mean_psnr, mean_ssim, mean_lpips = torch.tensor(values).mean(dim=0).tolist()
-    ratio = local_lipschitz(lambda x: averaged.encode(x).mode(), images[:1])
-    kind = "held_out" if held_out else "train"
-    found = {f"{kind}_psnr": mean_psnr, f"{kind}_ssim": mean_ssim, "local_lipschitz": float(ratio)}
-    if state.loss.perceptual is not None:
-        found[f"{kind}_lpips"] = mean_lpips
-    log.metrics(state.images_seen, found)
-    log.say("  ".join(f"{name} {value:.3f}" for name, value in found.items()))
-    log.picture("reconstructions", state.images_seen, comparison_grid(images.cpu(), torch.cat(shown).cpu()))
+    figures: dict[str, float] = {}
+    shown: list[tuple[Tensor, Tensor]] = []  # original, reconstruction
+    for split, files in (("held_out", held_out), ("train", train)):
+        rows: list[dict[str, float]] = []
+        chosen = [file for file in files if file.digest not in state.bad][: config.log.examined]
+        for _, crop in crops_to_examine(chosen, look, config.seed, bad):
+            image = crop[None].to(runtime.device)
+            with runtime.autocast():
+                decoded = averaged.decode_tiled(averaged.encode(image).mode()).float().clamp(-1, 1)
+            row = {"psnr": float(psnr(decoded, image)), "ssim": float(ssim(decoded, image))}
+            if state.loss.perceptual is not None:
+                row["lpips"] = state.loss.perceptual.in_parts(decoded, image)
+            rows.append(row)
+            if len(shown) < config.log.pictures and not figures:  # of training images where no other can be read
+                shown.append((image.cpu(), decoded.cpu()))
+        if rows:
+            figures |= {f"{split}_{key}": sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+    if not shown:
+        return
+    figures["local_lipschitz"] = float(
+        local_lipschitz(lambda x: averaged.encode(x).mode(), shown[0][0].to(runtime.device))
+    )
+    log.metrics(state.images_seen, figures)
+    log.say("  ".join(f"{name} {value:.3f}" for name, value in figures.items()))
+    originals, reconstructions = (torch.cat(images) for images in zip(*shown, strict=True))
+    log.picture("reconstructions", state.images_seen, comparison_grid(originals, reconstructions))
 
 
 def export(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime) -> None:
-    """model/: the average of width `ema.export`."""
+    """model/: the average of width `ema.export`; its marker says which photographs were held out."""
     if runtime.main:
         averaged = state.ema.export(state.autoencoder, config.ema.export)
-        replace_directory(run / "model", averaged.save_pretrained)
+        about = {"validation": config.data.validation, "data": state.data}
+        replace_directory(run / "model", "model", averaged.save_pretrained, **about)
 
 
 def save(config: AutoencoderTraining, run: Path, state: State, runtime: Runtime) -> None:

@@ -10,10 +10,11 @@ from bench import ours
 from bench.measuring import parameters, tensors, time_once, time_runs
 from bench.settings import Settings
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining
+from pyramid_ldm.data.latents import LatentBatch
 from pyramid_ldm.data.photographs import ImageBatch
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pyramid import LatentScaling, flatten, pyramid_noise
-from pyramid_ldm.training import train_autoencoder, train_flow
+from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
@@ -65,9 +66,9 @@ class StageOne(Step):
         super().__init__(settings)
         self.config, self.metrics = config, Metrics()
         device, batch = self.runtime.device, config.train.batch_size
-        self.state = train_autoencoder.build_state(config, device)
-        images = torch.rand(batch, 3, *config.image_size) * 2 - 1
-        self.batch = ImageBatch(images, [], [], [])
+        self.state = autoencoder_state.build_state(config, device)
+        pixels = torch.randint(0, 256, (batch, *config.image_size, 3), dtype=torch.uint8)
+        self.batch = ImageBatch(pixels, [], [])
         fill_optimizer(self.state.optimizer)
         if self.state.disc_optimizer is not None:
             fill_optimizer(self.state.disc_optimizer)
@@ -76,7 +77,7 @@ class StageOne(Step):
         state = self.state
         first = state.images_seen  # positions choose regions and noise
         batch = replace(self.batch, positions=list(range(first, first + self.config.train.batch_size)))
-        train_autoencoder.accumulate(self.config, state, state.autoencoder, state.discriminator, batch, self.runtime)
+        autoencoder_state.accumulate(self.config, state, state.autoencoder, state.discriminator, batch, self.runtime)
 
     def update(self) -> None:
         state, runtime, train = self.state, self.runtime, self.config.train
@@ -90,7 +91,7 @@ class StageOne(Step):
 
     def encoder_seconds(self) -> float:
         """Forward and backward of the encoder alone, median."""
-        images = self.batch.images.to(self.runtime.device, memory_format=torch.channels_last)
+        images = self.batch.images(self.runtime.device)
 
         def both() -> None:
             with self.runtime.autocast():
@@ -119,21 +120,20 @@ class StageTwo(Step):
     def __init__(self, config: FlowTraining, settings: Settings, batch: int) -> None:
         super().__init__(settings)
         self.config, self.metrics, self.batch_size = config, Metrics(), batch
-        self.state = train_flow.build_state(config, self.runtime.device)
-        self.flow = train_flow.build_flow(config.rectified_flow)
+        self.state = flow_state.build_state(config, self.runtime.device)
+        self.flow = flow_state.build_flow(config.rectified_flow)
         shapes = self.state.network.shapes
         zeros, ones = (tuple((value,) * shape[0] for shape in shapes) for value in (0.0, 1.0))
-        self.scaling = LatentScaling(zeros, ones)
-        self.latents, self.noise = (
+        self.state.scaling = LatentScaling(zeros, ones)
+        latents, noise = (
             flatten(pyramid_noise(shapes, 0, purpose, list(range(batch)))) for purpose in ("latents", "noise")
         )
-        self.time = torch.rand(batch)
+        self.batch = LatentBatch(latents, noise, torch.rand(batch), [])
         fill_optimizer(self.state.optimizer)
 
     def accumulate(self) -> None:
-        network = self.state.network
         with self.runtime.autocast():
-            train_flow.accumulate(self.flow, network, self.scaling, network, self.latents, self.noise, self.time, 1)
+            flow_state.accumulate(self.flow, self.state.network, self.state, self.batch, 1)
 
     def update(self) -> None:
         state, train = self.state, self.config.train

@@ -1,6 +1,5 @@
 """How both tools end."""
 
-import errno
 import sys
 from collections.abc import Callable
 
@@ -9,7 +8,7 @@ from pyramid_ldm.errors import UserError
 
 
 def exit_code(name: str, work: Callable[[], object]) -> int:
-    """0 done; 2 the input is wrong or the disk full, said in one line; 130 after Ctrl-C, when the same command goes
+    """0 done; 2 the input is wrong or the system fails, said in one line; 130 after Ctrl-C, when the same command goes
     on."""
     try:
         work()
@@ -17,9 +16,7 @@ def exit_code(name: str, work: Callable[[], object]) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"{name}: no space left on the disk ({error.filename}); free some and run again", file=sys.stderr)
+        print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)

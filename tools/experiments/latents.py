@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.data.images import find_images
+from pyramid_ldm.data.folder import find_images
+from pyramid_ldm.data.images import normalise
 from pyramid_ldm.data.photographs import Photographs, Preprocessing
 from pyramid_ldm.pyramid import Pyramid
 
@@ -64,4 +65,4 @@ def crops(folder: str, size: Sequence[int], count: int, zoom: float) -> Tensor:
     """`count` random crops of a folder's images."""
     files = find_images(Path(folder))
     photographs = Photographs(files, Preprocessing((size[0], size[1]), "random", zoom), seed=1)
-    return torch.stack([photographs[i][0] for i in range(count)])
+    return torch.stack([normalise(photographs[i][0]) for i in range(count)])

@@ -21,10 +21,11 @@ from pyramid_ldm.files import write_text
 from pyramid_ldm.memory import PeakMemory
 from pyramid_ldm.pyramid import latent_values, level_shapes
 from pyramid_ldm.serialization import load_model
+from pyramid_ldm.training.autoencoder_state import Build, accumulate, build_state
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import start
 from pyramid_ldm.training.step import take_step
-from pyramid_ldm.training.train_autoencoder import Build, accumulate, build_state, train_autoencoder
+from pyramid_ldm.training.train_autoencoder import train_autoencoder
 
 COMPARISON = Path(__file__).parent / "comparison.yaml"
 STATISTICS = 256  # random crops that latent statistics are taken of
@@ -89,8 +90,8 @@ class Task:
         config = self.config()
         runtime = start(config.device, config.precision)
         state = build_state(config, runtime.device, self.row.build())
-        images = torch.rand(config.train.batch_size, 3, *config.image_size) * 2 - 1
-        batch = ImageBatch(images, list(range(len(images))), [""] * len(images), [])
+        pixels = torch.randint(0, 256, (config.train.batch_size, *config.image_size, 3), dtype=torch.uint8)
+        batch = ImageBatch(pixels, list(range(len(pixels))), [""] * len(pixels))
         seconds = []
         for _ in range(4):
             began = time.perf_counter()

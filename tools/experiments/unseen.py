@@ -14,8 +14,8 @@ from experiments.rows import FIGURES, Task
 from experiments.tables import spread
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining
-from pyramid_ldm.data.images import find_images, folder_fingerprint, split_held_out
-from pyramid_ldm.data.photographs import load_held_out
+from pyramid_ldm.data.folder import find_images, fingerprint, split_held_out
+from pyramid_ldm.data.photographs import Preprocessing, crops_to_examine
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.evaluate import Figures, reconstruction_figures
 from pyramid_ldm.evaluation.frechet import Inception
@@ -57,7 +57,7 @@ class Unseen:
         network = None if inception is None else Inception(inception, runtime.device)
         real = None if network is None else torch.cat([network(batch) for batch in images.split(8)])
         about = f"{len(images)} crops of {len(files)} photographs"
-        key = {"photographs": folder_fingerprint(files), "crops": len(images), "inception": inception is not None}
+        key = {"photographs": fingerprint(files), "crops": len(images), "inception": inception is not None}
         return cls(about, key, images, PerceptualLoss(vgg, runtime.device), network, real, runtime)
 
     def judge(self, task: Task) -> Figures:
@@ -105,6 +105,9 @@ def bicubic_figures(config: AutoencoderTraining, values: int, perceptual: Percep
     """What a thumbnail of as many values does on the images that training measures itself by."""
     files = split_held_out(find_images(Path(config.data.root)), config.data.validation)[1]
     height, width = config.image_size
-    images = load_held_out(files, (height, width), config.log.pictures)
+    data = config.data
+    look = Preprocessing((height, width), data.crop, data.zoom, data.flip, data.upscale)
+    crops = crops_to_examine(files[: config.log.examined], look, config.seed, [])
+    images = torch.stack([crop for _, crop in crops])
     _, found = reconstruction_figures({"": lambda x: bicubic(x, values)}, [images], perceptual, None)
     return {key: found[""][key.removeprefix("held_out_")] for key in FIGURES}

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from bench import ours
 from bench.measuring import measure
@@ -18,10 +17,12 @@ from bench.section import Section
 from bench.sections.coding import label
 from bench.settings import Item, Settings
 from bench.tables import IMAGES, PEAK, RSS, TIME, Column, times
-from pyramid_ldm.data.images import find_images
+from pyramid_ldm.data.folder import scan
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.data.scenes import render_landscape
-from pyramid_ldm.training.encode import EncodeOptions, Views, encode_shard, list_views, make_plan, readable_batches
+from pyramid_ldm.evaluation.progress import Progress
+from pyramid_ldm.ownership import claim
+from pyramid_ldm.training.encode import EncodeOptions, Encoding, view_batches
 from pyramid_ldm.training.runtime import Runtime
 
 CONFIG, COUNT = "people2k", 16
@@ -65,7 +66,8 @@ def photographs(height: int, width: int) -> Path:
 def measure_item(item: Item, settings: Settings) -> Figures:
     """Images a second over the whole folder; files are in the page cache."""
     size = settings.image_size(ours.SIZES[CONFIG])
-    files = find_images(photographs(*size))
+    folder = scan(photographs(*size))
+    files = folder.files
     figures = {"images": len(files), "bytes": sum(Path(file.path).stat().st_size for file in files)}
     if item.name == READ:
         return figures | measure(
@@ -76,13 +78,16 @@ def measure_item(item: Item, settings: Settings) -> Figures:
     runtime = Runtime(device, settings.precision == "bf16")
     autoencoder = ours.autoencoder(CONFIG, settings, device).requires_grad_(False)
     autoencoder.to(memory_format=torch.channels_last)
-    plan, views = make_plan(autoencoder, files, options, runtime), list_views(files, options)
+    out = temporary() / "shards"
+    claim(out, "shards", "--out")
+    work = Encoding(autoencoder, files, folder, options, runtime, out, set())
+    views = work.views
     if item.params["kind"] == LOADER:
-        return figures | measure(lambda: list(readable_batches(Views(views, plan), options)), settings)
+        return figures | measure(lambda: list(view_batches(views, work.plan, range(len(views)), options)), settings)
 
     def encode() -> None:
-        with tqdm(disable=True) as bar:
-            encode_shard(autoencoder, views, 0, plan, temporary() / "shards", options, runtime, bar)
+        with Progress("encode", len(views), "records") as progress:
+            work.encode_shard(views, 0, progress)
 
     return figures | measure(encode, settings, autoencoder.parameters())
 

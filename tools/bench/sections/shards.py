@@ -15,7 +15,8 @@ from bench.section import Section
 from bench.sections.encode_files import temporary
 from bench.settings import Item, Settings
 from bench.tables import RSS, TIME, Column, significant, times
-from pyramid_ldm.data.shards import LatentCache, LatentRecords, Plan, Row, collate_latents, write_index, write_shard
+from pyramid_ldm.data.latents import LatentRecords, collate_latents
+from pyramid_ldm.data.shards import LatentCache, Plan, Row, write_index, write_shard
 from pyramid_ldm.pyramid import unflatten
 
 BATCH, TOTAL = 256, 2**28  # records; bytes of a cache
@@ -52,8 +53,8 @@ def cached(config: str, settings: Settings) -> LatentCache:
     folder = temporary() / config
     rows = [Row(f"{i:032x}", False, 0, "train") for i in range(BATCH)]
     for number in range(shards):
-        write_shard(folder, number, chosen, torch.randn(BATCH, chosen.record_length()).half(), rows)
-    write_index(folder, chosen, shards)
+        write_shard(folder, number, chosen, torch.randn(BATCH, chosen.record_length()).half(), rows, {}, {})
+    write_index(folder, chosen, shards, [])
     return LatentCache(folder)
 
 

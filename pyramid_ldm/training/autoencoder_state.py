@@ -1,0 +1,157 @@
+"""What a step of stage one changes, and the step's gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator, hinge_loss
+from pyramid_ldm.autoencoder.loss import AutoencoderLoss, discriminator_learns
+from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoder.regions import Regions
+from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
+from pyramid_ldm.data.photographs import (
+    ImageBatch,
+)
+from pyramid_ldm.pyramid import level_shapes, pyramid_noise
+from pyramid_ldm.training.codebook import CodebookUse
+from pyramid_ldm.training.ema import PowerEma
+from pyramid_ldm.training.log import Metrics
+from pyramid_ldm.training.runtime import Runtime
+from pyramid_ldm.training.schedule import due
+from pyramid_ldm.training.step import NonFinite
+
+Build = Callable[[AutoencoderConfig], PyramidAutoencoder]
+
+
+@dataclass
+class State:
+    """Everything that a step changes, and what the run was begun with."""
+
+    autoencoder: PyramidAutoencoder
+    discriminator: PatchDiscriminator | None
+    optimizer: torch.optim.Optimizer
+    disc_optimizer: torch.optim.Optimizer | None
+    ema: PowerEma
+    loss: AutoencoderLoss
+    nonfinite: NonFinite
+    codebook: CodebookUse | None
+    metrics: Metrics
+    images_seen: int = 0
+    images_per_step: int = 0  # 0: not begun
+    data: str = ""  # fingerprint of the photographs; empty: not begun
+    bad: dict[str, str] = field(default_factory=dict)  # photographs that are no images: digest, message
+    gone: set[str] = field(default_factory=set)  # others that could not be opened; found anew at every start
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "images_seen": self.images_seen,
+            "images_per_step": self.images_per_step,
+            "data": self.data,
+            "bad": dict(self.bad),
+            "autoencoder": self.autoencoder.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "discriminator": self.discriminator.state_dict() if self.discriminator else None,
+            "disc_optimizer": self.disc_optimizer.state_dict() if self.disc_optimizer else None,
+            "adaptive_weight": self.loss.adaptive.value,
+            "codebook": self.codebook.state_dict() if self.codebook else None,
+            "nonfinite": self.nonfinite.state_dict(),
+            "metrics": self.metrics.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Strict."""
+        self.images_seen, self.images_per_step = state["images_seen"], state["images_per_step"]
+        self.data, self.bad = state["data"], dict(state["bad"])
+        self.autoencoder.load_state_dict(state["autoencoder"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.loss.adaptive.value = state["adaptive_weight"]
+        self.nonfinite.load_state_dict(state["nonfinite"])
+        self.metrics.load_state_dict(state["metrics"], next(self.autoencoder.parameters()).device)
+        if self.codebook is not None:
+            self.codebook.load_state_dict(state["codebook"])
+        if self.discriminator is not None and self.disc_optimizer is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.disc_optimizer.load_state_dict(state["disc_optimizer"])
+
+
+def build_state(config: AutoencoderTraining, device: torch.device, build: Build = PyramidAutoencoder) -> State:
+    """Networks, optimizers, averages and loss at zero images, on `device`."""
+    loss_config, train = config.loss, config.train
+    torch.manual_seed(config.seed)
+    autoencoder = build(config.model).to(device).to(memory_format=torch.channels_last)
+    discriminator = disc_optimizer = None
+    betas, fused = (train.beta1, train.beta2), device.type in ("cuda", "cpu")
+    if loss_config.gan.weight > 0:
+        discriminator = PatchDiscriminator(loss_config.gan.channels, loss_config.gan.layers)
+        discriminator = discriminator.to(device).to(memory_format=torch.channels_last)
+        rate = loss_config.gan.learning_rate or train.learning_rate
+        disc_optimizer = torch.optim.Adam(discriminator.parameters(), lr=rate, betas=betas, fused=fused)
+    perceptual = PerceptualLoss(loss_config.perceptual.weights, device) if loss_config.perceptual.weight > 0 else None
+    sizes = [config.model.codebook_size] * len(autoencoder.quantizers)
+    return State(
+        autoencoder,
+        discriminator,
+        torch.optim.Adam(autoencoder.parameters(), lr=train.learning_rate, betas=betas, fused=fused),
+        disc_optimizer,
+        PowerEma(autoencoder, config.ema.widths),
+        AutoencoderLoss(loss_config, perceptual, discriminator),
+        NonFinite(train.max_nonfinite),
+        CodebookUse(sizes, loss_config.codebook_restart, device) if sizes else None,
+        Metrics(),
+    )
+
+
+def accumulate(
+    config: AutoencoderTraining,
+    state: State,
+    model: nn.Module,
+    discriminator: nn.Module | None,
+    batch: ImageBatch,
+    runtime: Runtime,
+) -> dict[str, Tensor]:
+    """One micro-batch: adds the gradients of both networks' objectives, each to its own parameters."""
+    images = batch.images(runtime.device)
+    shapes = level_shapes(state.autoencoder.levels, config.image_size)
+    noise = None
+    if config.model.latent == "kl":
+        noise = pyramid_noise(shapes, config.seed, "posterior", batch.positions)
+    scale, train = 1 / config.train.accumulate, config.train
+    regions = None
+    if train.regions:
+        regions = Regions.draw(train.regions, train.region_size, config.image_size, config.seed, batch.positions)
+    with runtime.autocast():
+        output = model(images, noise, regions)
+        target = images if regions is None else regions.cut(images)
+        terms = state.loss.accumulate_gradients(
+            output, target, state.autoencoder.decoder.last_weight, state.images_seen, scale
+        )
+        if discriminator is not None and discriminator_learns(config.loss.gan, state.images_seen):
+            real, fake = discriminator(torch.cat([target, output.reconstruction.detach()])).chunk(2)
+            disc = hinge_loss(real, fake)
+            terms |= {"disc": disc.detach(), "logits_real": real.mean(), "logits_fake": fake.mean()}
+    if "disc" in terms:
+        (disc * scale).backward()
+    if state.codebook is not None:
+        state.codebook.record(output.codebook_indices, state.images_seen + 1)
+    return terms
+
+
+def revive_codes(config: AutoencoderTraining, state: State, batch: ImageBatch, before: int, runtime: Runtime) -> None:
+    """Now and then, new values for codebook entries that have not been used for long."""
+    codebook = state.codebook
+    if codebook is None or not due(max(1, codebook.restart // 4), before, state.images_seen):
+        return
+    with torch.no_grad(), runtime.autocast():
+        latents = state.autoencoder.encode(batch.images(runtime.device)).mode()
+    count = codebook.revive(
+        list(state.autoencoder.quantizers), latents, state.images_seen, config.seed, state.optimizer, state.ema,
+        "quantizers", runtime,
+    )  # fmt: skip
+    state.metrics.add({"codebook_revived": torch.tensor(float(count), device=runtime.device)})
