@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import randomise, tiny_flow
+from conftest import randomise, tiny_autoencoder, tiny_flow
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -257,3 +257,17 @@ def test_a_convolution_of_few_positions_is_the_same_as_a_product(channels, size)
     assert not any("convolution" in str(name) for name in counter.get_flop_counts()["Global"])
     torch.testing.assert_close(found, nn.functional.conv2d(x, layer.weight, layer.bias, padding=1))
     torch.testing.assert_close(found, layer(x))  # with gradients
+
+
+def test_spectral_norm_of_weights_of_rank_one():
+    """float32's eigensolver gives up on some of them."""
+    for value in (1.0, 3.0, 250.0, 500.0):
+        model = tiny_autoencoder()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(value)
+        advance_spectral_norm(model, 3)
+        for layer, norm in spectral_layers(model):
+            weight = layer.weight.detach()
+            exact = torch.linalg.matrix_norm(weight.flatten(1), 2)
+            assert norm.sigma(weight).item() == pytest.approx(exact.item(), rel=1e-4)

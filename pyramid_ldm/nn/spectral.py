@@ -78,7 +78,7 @@ def advance(layers: Iterable[tuple[Tensor, SpectralNorm]], iterations: int = 1) 
     for _ in range(iterations):
         spans = [_krylov(weights, basis) for weights, basis, _ in every]
         grams = torch.cat([F.pad(gram, (0, COLUMNS - gram.shape[1]) * 2) for _, gram in spans])
-        vectors = torch.linalg.eigh(grams).eigenvectors.flip(-1).mT  # rows, the largest first
+        vectors = _eigenvectors(grams).flip(-1).mT  # rows, the largest first
         parts = vectors.split([len(gram) for _, gram in spans])
         every = [
             (weights, part[:, : basis.shape[1], : span.shape[1]] @ span, group)
@@ -89,6 +89,14 @@ def advance(layers: Iterable[tuple[Tensor, SpectralNorm]], iterations: int = 1) 
         for (_, norm), u, rows in zip(group, us, basis, strict=True):
             norm.u.copy_(u)
             norm.basis.copy_(rows)
+
+
+def _eigenvectors(grams: Tensor) -> Tensor:
+    """Columns, the smallest first."""
+    try:
+        return torch.linalg.eigh(grams).eigenvectors
+    except RuntimeError:  # float32 may not converge where a weight has a rank of one
+        return torch.linalg.eigh(grams.double().cpu()).eigenvectors.to(grams)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
