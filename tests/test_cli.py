@@ -135,7 +135,7 @@ def numeric_options():
                 yield pytest.param(command, action, id=f"{command.NAME} {action.option_strings[-1]}")
 
 
-@pytest.mark.parametrize(("command", "action"), numeric_options())
+@pytest.mark.parametrize(("command", "action"), list(numeric_options()))
 def test_every_number_has_bounds_and_they_hold(capsys, command, action):
     """Generated from the commands' own parsers."""
     bounds = action.type

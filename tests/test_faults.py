@@ -19,6 +19,7 @@ import torch
 from conftest import CPU, OPTIONS
 from PIL import Image, TiffImagePlugin
 from safetensors.torch import load_file, save_file
+from test_training import AE_CONFIG, FLOW_CONFIG
 from torch.utils.data import Dataset
 
 from pyramid_ldm.cli import main
@@ -33,35 +34,13 @@ from pyramid_ldm.training import encode as encoding
 from pyramid_ldm.training.encode import encode
 from pyramid_ldm.training.runtime import Interrupted
 
-AE_CONFIG = """
-run_dir: unset
-image_size: [32, 32]
-model:
-  levels: [{factor: 16, channels: 6}, {factor: 8, channels: 4}]
-  encoder: {widths: [8, 8, 16, 16, 16]}
-  decoder: {widths: [8, 8, 16, 16, 16], branch_blocks: 1, dropout: 0}
-  attention: {max_tokens: 16}
-data: {workers: 0, validation: 0.1, max_bad_fraction: 0.5}
-loss: {perceptual: {weight: 0}, gan: {weight: 0}}
-train: {images: 16, batch_size: 4}
-precision: fp32
-log: {every: 8, pictures_every: 16, pictures: 2}
-checkpoint: {every: 8}
-"""
-FLOW_CONFIG = """
-run_dir: unset
-model: {widths: [16, 16], blocks: 1}
-data: {workers: 0}
-train: {images: 8, batch_size: 4}
-precision: fp32
-samples: {steps: 2}
-log: {every: 8, pictures_every: 8, pictures: 2}
-"""
+SETTINGS = ("data.max_bad_fraction=0.5", "loss.gan.weight=0", "train.images=16", "train.decay=constant", "log.every=8",
+            "log.pictures_every=16")  # fmt: skip
 
 
 @pytest.fixture
 def shards(finished, tmp_path):
-    """A copy that a test may break: six shards."""
+    """A copy that a test may break."""
     return shutil.copytree(finished, tmp_path / "shards")
 
 
@@ -78,8 +57,8 @@ def train(tmp_path, capsys):
 
     def train(photos, *settings, run="ae"):
         capsys.readouterr()
-        words = ["train-ae", tmp_path / "ae.yaml", f"data.root={photos}", f"run_dir={tmp_path / run}", *settings]
-        return main(list(map(str, words))), capsys.readouterr().err
+        words = ["train-ae", tmp_path / "ae.yaml", f"data.root={photos}", f"run_dir={tmp_path / run}"]
+        return main([*map(str, words), *SETTINGS, *settings]), capsys.readouterr().err
 
     return train
 
@@ -435,7 +414,7 @@ def test_small_photographs_are_left_out_unless_asked_for(photos, tmp_path, train
 def test_a_run_inside_its_photographs_never_sees_its_own_pictures(photos, train, tmp_path, monkeypatch, capsys):
     """`cd photos; pyramid-ldm train-ae ... data.root=.`, whose default run_dir lies below."""
     monkeypatch.chdir(photos)
-    words = ["train-ae", str(tmp_path / "ae.yaml"), "data.root=.", "run_dir=runs/ae"]
+    words = ["train-ae", str(tmp_path / "ae.yaml"), "data.root=.", "run_dir=runs/ae", *SETTINGS]
     (tmp_path / "ae.yaml").write_text(AE_CONFIG)
     codes = [main([*words, f"train.images={n}"]) for n in (16, 32)]
     said = capsys.readouterr().err

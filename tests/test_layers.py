@@ -271,3 +271,12 @@ def test_spectral_norm_of_weights_of_rank_one():
             weight = layer.weight.detach()
             exact = torch.linalg.matrix_norm(weight.flatten(1), 2)
             assert norm.sigma(weight).item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_spectral_norm_of_weights_that_are_not_finite_is_the_losss_to_report():
+    model = tiny_autoencoder()
+    (layer, norm), *_ = spectral_layers(model)
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    advance_spectral_norm(model)
+    assert norm.sigma(layer.weight).isnan()

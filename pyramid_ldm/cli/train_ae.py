@@ -28,5 +28,5 @@ def run(arguments: argparse.Namespace) -> bool:
         following = quoted("pyramid-ldm", "encode", directory, "--data", config.data.root, "--out", "latents")
         print(f"done: {directory}\nnext: {following}")
     elif not finished:
-        print(f"stopped; {directory} holds a checkpoint. To resume, run the same command again.", file=sys.stderr)
+        print(f"stopped in {directory}. To resume, run the same command again.", file=sys.stderr)
     return finished

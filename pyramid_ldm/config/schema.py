@@ -76,9 +76,7 @@ class Section:
             value = getattr(self, field.name)
             if field.metadata.get("path"):
                 require(value.strip() != "", f"{name} is empty; give a path")
-            if field.metadata.get("path") and value.startswith("~"):
-                value = os.path.expanduser(value)
-                setattr(self, field.name, value)
+                setattr(self, field.name, os.path.expanduser(value))
             for one in value if isinstance(value, list) else [value]:
                 check_value(name, one, field.metadata, value)
 

@@ -58,6 +58,9 @@ class Failure:
     kind: type[Exception] = UserError
 
 
+OUT_OF_MEMORY = Failure("out of memory while reading data; lower data.workers (--workers)")
+
+
 @dataclass(frozen=True)
 class _Maker:
     """A batch from the indices of its items."""
@@ -74,7 +77,7 @@ class _Maker:
             where = f"{error.filename}: " if error.filename else ""
             return Failure(f"{where}{error.strerror or error}")
         except MemoryError:
-            return Failure("out of memory while reading data; lower data.workers (--workers)")
+            return OUT_OF_MEMORY
 
 
 def load_batches(
@@ -200,7 +203,7 @@ def _work(connection: Connection, make: _Maker) -> None:
                 try:
                     connection.send(item)
                 except MemoryError:
-                    connection.send(Failure("out of memory while reading data; lower data.workers (--workers)"))
+                    connection.send(OUT_OF_MEMORY)
 
     threading.Thread(target=send, daemon=True).start()
     parent = multiprocessing.parent_process()

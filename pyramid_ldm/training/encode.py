@@ -143,9 +143,7 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
             delete_file(out / UNREADABLE, "shards")
         runtime.barrier()
         known = {str(line.get("digest")): str(line.get("message")) for line in read_lines(out / UNREADABLE)}
-        present = {file.digest for file in files}
-        notes += [f"skipped {message}" for digest, message in known.items() if digest in present]
-        files = with_known(files, known)
+        notes += [f"skipped {known[file.digest]}" for file in files if file.digest in known]
         for line in [*folder.notes(), *notes]:
             say(line, runtime)
         Encoding(autoencoder, files, folder, options, runtime, out, known).run()
@@ -167,7 +165,8 @@ class Encoding:
     ) -> None:
         self.autoencoder, self.options, self.runtime, self.out = autoencoder, options, runtime, out
         self.folder = folder
-        self.present = {file.digest for file in files if file.path}  # not what is only known of
+        self.present = {file.digest for file in files}
+        files = with_known(files, known)
         self.plan = make_plan(autoencoder, files, options, runtime)
         self.views = list_views(files, options)
         self.bad = dict(known)  # images that are none: digest, message

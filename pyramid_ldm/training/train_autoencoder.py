@@ -52,7 +52,7 @@ def _train(config: AutoencoderTraining, build: Build, run: Path, runtime: Runtim
     state = build_state(config, runtime.device, build)
     notes = [*folder.notes(), *notes, *resume(config, state, run, runtime)]
     present = {file.digest for file in files}
-    notes += [f"skipped {message}" for digest, message in state.bad.items() if digest in present]
+    notes += [f"skipped {state.bad[file.digest]}" for file in files if file.digest in state.bad]
     files = with_known(files, state.bad)
     train_files, held_out_files = begin(config, state, files, run, runtime)
     model = runtime.wrap(state.autoencoder, config.compile)
