@@ -14,9 +14,18 @@ def test_the_demo_leaves_its_pictures_and_report_and_resumes(tmp_path, monkeypat
     monkeypatch.setattr(demo, "PHOTOGRAPHS", 16)
     monkeypatch.setattr(demo, "SAMPLES", 4)
     monkeypatch.setattr(demo, "STEPS", 4)
-    few = (ROOT / demo.FLOW).read_text().replace("pictures: 16", "pictures: 2") + "samples: {steps: 2}\n"
-    (tmp_path / "flow.yaml").write_text(few)
-    monkeypatch.setattr(demo, "FLOW", str(tmp_path / "flow.yaml"))
+    for name, changes in (
+        ("AUTOENCODER", {"pictures: 16": "pictures: 2", "[8, 16, 32, 64, 96, 96, 96]": "[8, 8, 8, 8, 8, 8, 8]",
+                         "[16, 32, 64, 96, 128, 128, 128]": "[8, 8, 8, 8, 8, 8, 8], branch_blocks: 1"}),
+        ("FLOW", {"pictures: 16": "pictures: 2", "[48, 96, 128, 128, 128]": "[16, 16, 16, 16, 16]",
+                  "precision:": "samples: {steps: 2}\nprecision:"}),
+    ):  # fmt: skip
+        text = (ROOT / getattr(demo, name)).read_text()
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / f"{name}.yaml").write_text(text)
+        monkeypatch.setattr(demo, name, str(tmp_path / f"{name}.yaml"))
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0
     said = capsys.readouterr().err

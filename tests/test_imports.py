@@ -126,9 +126,12 @@ def loaded_after(code):
     return set(done.stdout.split())
 
 
-def test_the_public_classes_load_without_what_only_training_needs():
+def test_the_public_classes_load_without_what_only_training_needs_and_leave_pillow_as_it_is():
     loaded = loaded_after(
-        "import pyramid_ldm as p; p.PyramidAutoencoder, p.PyramidNCSNpp, p.RectifiedFlow, p.PyramidPipeline"
+        "from PIL import Image, ImageFile; limit = Image.MAX_IMAGE_PIXELS; assert limit\n"
+        "import pyramid_ldm as p; p.PyramidAutoencoder, p.PyramidNCSNpp, p.RectifiedFlow, p.PyramidPipeline\n"
+        "import pyramid_ldm.data.images\n"
+        "assert Image.MAX_IMAGE_PIXELS == limit and not ImageFile.LOAD_TRUNCATED_IMAGES"
     )
     assert {"torch", "pyramid_ldm"} <= loaded
     assert not loaded & {"torchvision", "lpips", "taming", "pytorch_lightning", "tensorboard"}
