@@ -32,6 +32,7 @@ SHARED = [
     "train.decay=cosine",
     "log.every=4",
     "log.pictures_every=16",
+    "log.examined=256",
     "checkpoint.every=32",
     "data.workers=0",
 ]

@@ -42,7 +42,7 @@ loss:
   gan: {start: 8, disc_warmup: 8, ramp: 8, channels: 8, layers: 2}
 train: {images: 48, batch_size: 4, learning_rate: 1.0e-3, warmup: 8, decay: cosine}
 precision: fp32
-log: {every: 4, pictures_every: 32, pictures: 2}
+log: {every: 4, pictures_every: 32, pictures: 2, examined: 2}
 checkpoint: {every: 16}
 """
 
@@ -242,8 +242,8 @@ _leave_processes()
 
 
 def test_two_processes_do_what_one_does(home, photographs, tmp_path):
-    """The same global batch: 4 in one process, 2 + 2 in two, 2 accumulated twice. Dropout 0 (it is drawn per rank). And
-    the same latents and pictures. One torchrun for all of it."""
+    """The same global batch: 4 in one process, 2 + 2 in two, accumulated twice in one and in two. Dropout 0 (it is
+    drawn per rank). And the same latents and pictures. One torchrun for all of it."""
     shared = ("data.workers=0", "train.images=16", "checkpoint.every=16", "log.pictures_every=1000")
     regions = ("train.regions=2", "train.region_size=24")
     gan = ("loss.gan.start=4", "loss.gan.disc_warmup=4", "loss.gan.ramp=4")
@@ -271,10 +271,11 @@ def test_two_processes_do_what_one_does(home, photographs, tmp_path):
     assert done.stdout.count("reduction: 4\n") == 2 * 3, "gradients travel once a step: in 4 of 8 micro-steps"
     for stage in ("ae", "flow"):
         run(*training(stage, "one", 4, 1))
-        run(*training(stage, "accumulated", 2, 2))
+        if stage == "ae":
+            run(*training(stage, "accumulated", 2, 2))
         reference = logged(tmp_path / stage / "one", "loss")
         assert len(reference) == 4
-        for other in ("two", "accumulated", *(["two by two"] if stage == "flow" else [])):
+        for other in ("two", "accumulated" if stage == "ae" else "two by two"):
             assert logged(tmp_path / stage / other, "loss") == pytest.approx(reference, abs=1e-5, rel=1e-5)
         if stage == "ae":
             weight = logged(tmp_path / stage / "one", "gan_weight")
@@ -447,7 +448,8 @@ def test_figures_are_of_the_whole_share_and_of_as_many_training_images(home, pho
         return crops(files, look, *rest)
 
     monkeypatch.setattr(train_autoencoder, "crops_to_examine", watch)
-    words = ["data.validation=0.5", "data.crop=random", "data.zoom=1.5", "train.images=8", "log.pictures=2"]
+    words = ["data.validation=0.5", "data.crop=random", "data.zoom=1.5", "train.images=8", "log.pictures=2",
+             "log.examined=256"]  # fmt: skip
     run("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}", *words)
     train, held_out = split_held_out(find_images(photographs), 0.5)
     assert looked == [(len(held_out), "random"), (len(train), "random")]
@@ -456,7 +458,7 @@ def test_figures_are_of_the_whole_share_and_of_as_many_training_images(home, pho
         expected = []
         look = Preprocessing((32, 32), "random", 1.5)
         for _, crop in crops(files, look, 0, []):
-            decoded = model.decode(model.encode(crop[None]).mode()).clamp(-1, 1)
+            decoded = model.decode(model.encode(crop[None]).mode()).detach().clamp(-1, 1)
             expected.append(float(10 * torch.log10(4 / (decoded - crop).square().mean())))
         found = logged(tmp_path / "ae", f"{split}_psnr")[8]
         assert found == pytest.approx(sum(expected) / len(expected), abs=1e-3)
