@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.config import AutoencoderConfig, FlowConfig, LevelConfig
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig
 from pyramid_ldm.data.scenes import render_landscape
@@ -98,6 +99,13 @@ def photographs(tmp_path_factory) -> Path:
         suffix = "png" if i % 2 else "jpg"
         Image.fromarray(render_landscape(i, 48, 64)).save(folder / f"{i:02d}.{suffix}", quality=95)
     return folder
+
+
+@pytest.fixture(scope="session")
+def perceptual() -> PerceptualLoss:
+    """Through an untrained VGG-16; never changed by a test."""
+    torch.manual_seed(0)
+    return PerceptualLoss("random", torch.device("cpu"))
 
 
 CPU = Runtime(torch.device("cpu"), False)

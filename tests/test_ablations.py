@@ -26,6 +26,7 @@ STAGE_ONE = ["run_dir=r", "data.root=d", "loss.perceptual.weights=random"]
 STAGE_TWO = ["run_dir=r", "data.shards=s"]
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("name", AUTOENCODER)
 def test_every_row_of_stage_one_is_another_network_or_loss_with_as_many_values(name):
     config = load_config(AutoencoderTraining, AUTOENCODER_RECIPE, [*AUTOENCODER[name], *STAGE_ONE])
@@ -36,6 +37,7 @@ def test_every_row_of_stage_one_is_another_network_or_loss_with_as_many_values(n
     assert latent_values(model.levels, config.image_size) == 512
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize("name", FLOW)
 def test_every_row_of_stage_two_fits_the_demo(name):
     config = load_config(FlowTraining, flow_rows.RECIPE, [*FLOW[name], *STAGE_TWO])

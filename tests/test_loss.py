@@ -13,12 +13,6 @@ from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.config.autoencoder import GanConfig, LossConfig, PerceptualConfig
 
 
-@pytest.fixture(scope="module")
-def perceptual():
-    torch.manual_seed(0)
-    return PerceptualLoss("random", torch.device("cpu"))
-
-
 def terms(l1=0.0, lpips=0.0, kl=0.0, codebook=0.0, gan=0.0, mode="constant"):
     return LossConfig(
         l1=l1,

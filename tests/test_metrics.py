@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
 from pyramid_ldm.data.images import to_tensor
 from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.evaluation.frechet import Moments, frechet_distance, kernel_distance
@@ -72,19 +71,18 @@ def test_metrics_are_of_each_image():
             assert float(one) == pytest.approx(float(metric(*tensors(pair))), rel=1e-5)
 
 
-def test_lpips_is_torchmetrics():
+def test_lpips_is_torchmetrics(perceptual):
     """VGG's weights are not there: the same random ones on both sides; the heads are each package's own copy."""
     lpips = pytest.importorskip("torchmetrics.functional.image.lpips")
-    ours = PerceptualLoss("random", torch.device("cpu"))
     theirs = lpips._LPIPS(pretrained=True, net="vgg", pnet_rand=True).eval()
-    own = dict(ours.network.net.named_parameters())
+    own = dict(perceptual.network.net.named_parameters())
     for name, parameter in theirs.net.named_parameters():
         parameter.data.copy_(own[name])
     for pair in PAIRS[1::4][:3]:
         a, b = tensors(pair)
         expected = float(theirs(a, b).mean())
-        assert float(ours(a, b)) == pytest.approx(expected, rel=1e-4)
-        assert ours.in_parts(a, b) == pytest.approx(expected, rel=1e-4)
+        assert float(perceptual(a, b)) == pytest.approx(expected, rel=1e-4)
+        assert perceptual.in_parts(a, b) == pytest.approx(expected, rel=1e-4)
 
 
 def features(count, seed, shift=0.0):
