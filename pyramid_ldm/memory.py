@@ -59,6 +59,8 @@ class PeakMemory(Watch):
 
     def watch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Counts what goes in and what comes out."""
+        if func.is_view:  # of a storage that whatever reads the view will show
+            return func(*args, **kwargs)
         for tensor in _tensors((*args, *kwargs.values()) if kwargs else args):
             self._see(tensor)
         result = func(*args, **kwargs)
