@@ -153,7 +153,7 @@ class PyramidPipeline:
         """Draws images `first_index`, `first_index` + 1, ... of `seed`.
 
         Image k of a seed has the same initial noise whatever the batch size. `bf16` computes the decoder, and with
-        Euler the flow, in bfloat16; the solver's state stays float32. Raises SamplerError where the solve cannot
+        Euler the flow, in bfloat16; the solver's state stays float32. Raises UserError where the solve cannot
         go on.
         """
         options = SolverOptions(solver, steps, rtol, atol, max_nfe)

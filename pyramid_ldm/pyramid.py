@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class LatentLevel:
+class Level:
     """One level of the pyramid."""
 
     factor: int  # image pixels per latent pixel, a power of two
@@ -36,17 +36,17 @@ class LatentLevel:
         return self.channels, height // self.factor, width // self.factor
 
 
-def level_shapes(levels: Sequence[LatentLevel], image_size: Sequence[int]) -> list[Shape]:
+def level_shapes(levels: Sequence[Level], image_size: Sequence[int]) -> list[Shape]:
     """Shape (C, H, W) of each level, coarse to fine."""
     return [level.shape(image_size) for level in levels]
 
 
-def latent_values(levels: Sequence[LatentLevel], image_size: Sequence[int]) -> int:
+def latent_values(levels: Sequence[Level], image_size: Sequence[int]) -> int:
     """Values of all levels of one image."""
     return sum(math.prod(shape) for shape in level_shapes(levels, image_size))
 
 
-def compression_ratio(levels: Sequence[LatentLevel], image_size: Sequence[int]) -> float:
+def compression_ratio(levels: Sequence[Level], image_size: Sequence[int]) -> float:
     """Values of an RGB image per value of its latents: 256.0 means 1:256 (PDM section 1)."""
     height, width = image_size
     return 3 * height * width / latent_values(levels, image_size)

@@ -13,10 +13,11 @@ from torch import nn
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
-from pyramid_ldm.config import AutoencoderConfig, FlowConfig, LevelConfig
+from pyramid_ldm.config import AutoencoderConfig, FlowConfig
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig
 from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.pyramid import Level
 from pyramid_ldm.training.encode import EncodeOptions, encode
 from pyramid_ldm.training.runtime import Runtime
 
@@ -62,9 +63,7 @@ def tiny_autoencoder_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **cha
     for key in [k for k in changes if "__" in k]:
         part, field = key.split("__")
         setattr(parts[part], field, changes.pop(key))
-    return AutoencoderConfig(
-        image_size=list(image_size), levels=[LevelConfig(f, c) for f, c in levels], **parts, **changes
-    )
+    return AutoencoderConfig(image_size=list(image_size), levels=[Level(f, c) for f, c in levels], **parts, **changes)
 
 
 def tiny_autoencoder(**changes) -> PyramidAutoencoder:
@@ -74,7 +73,7 @@ def tiny_autoencoder(**changes) -> PyramidAutoencoder:
 
 def tiny_flow_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> FlowConfig:
     settings = {"widths": [16, 16], "blocks": 1, "dropout": 0.0, "fourier_scale": 1.0} | changes
-    return FlowConfig(image_size=list(image_size), levels=[LevelConfig(f, c) for f, c in levels], **settings)
+    return FlowConfig(image_size=list(image_size), levels=[Level(f, c) for f, c in levels], **settings)
 
 
 def tiny_flow(**changes) -> PyramidNCSNpp:

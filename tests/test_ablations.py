@@ -16,11 +16,11 @@ from experiments import flow_rows  # noqa: E402
 from experiments.ablations import AUTOENCODER, AUTOENCODER_RECIPE, FLOW  # noqa: E402
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder  # noqa: E402
-from pyramid_ldm.config import AutoencoderTraining, FlowTraining, LevelConfig, load_config  # noqa: E402
+from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config  # noqa: E402
 from pyramid_ldm.config.base import to_yaml  # noqa: E402
 from pyramid_ldm.evaluation import frechet  # noqa: E402
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp  # noqa: E402
-from pyramid_ldm.pyramid import latent_values  # noqa: E402
+from pyramid_ldm.pyramid import Level, latent_values  # noqa: E402
 
 STAGE_ONE = ["run_dir=r", "data.root=d", "loss.perceptual.weights=random"]
 STAGE_TWO = ["run_dir=r", "data.shards=s"]
@@ -43,7 +43,7 @@ def test_every_row_of_stage_two_fits_the_demo(name):
     config = load_config(FlowTraining, flow_rows.RECIPE, [*FLOW[name], *STAGE_TWO])
     default = load_config(FlowTraining, flow_rows.RECIPE, STAGE_TWO)
     assert (to_yaml(config) == to_yaml(default)) == (name == "default")
-    levels = [LevelConfig(64, 16), LevelConfig(16, 8), LevelConfig(8, 4), LevelConfig(4, 1)]
+    levels = [Level(64, 16), Level(16, 8), Level(8, 4), Level(4, 1)]
     config.model.resolve([64, 64], levels)
     with torch.device("meta"):
         PyramidNCSNpp(config.model)

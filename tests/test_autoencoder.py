@@ -7,7 +7,6 @@ from torch import nn
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoder.encoder import LatentHead
 from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
-from pyramid_ldm.config import ConfigError
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.nn.layers import SpectralNorm, spectral_layers
 from pyramid_ldm.nn.resample import bilinear_up
@@ -286,13 +285,13 @@ def test_vq_is_straight_through_and_tells_its_entries():
 def test_wrong_sizes_are_refused():
     with pytest.raises(ValueError, match="multiples of 16"):
         tiny_autoencoder().encode(torch.rand(1, 3, 24, 32))
-    with pytest.raises(ConfigError, match="coarsest factor, 16"):
+    with pytest.raises(UserError, match="coarsest factor, 16"):
         tiny_autoencoder_config(image_size=(40, 32))
-    with pytest.raises(ConfigError, match="fall from coarse to fine"):
+    with pytest.raises(UserError, match="fall from coarse to fine"):
         tiny_autoencoder_config(levels=((8, 4), (16, 4)))
-    with pytest.raises(ConfigError, match="not a power of two"):
+    with pytest.raises(UserError, match="not a power of two"):
         tiny_autoencoder_config(levels=((16, 4), (12, 4)))
-    with pytest.raises(ConfigError, match="need 5"):
+    with pytest.raises(UserError, match="need 5"):
         tiny_autoencoder_config(encoder__widths=[8, 8])
 
 

@@ -16,7 +16,8 @@ from torch.distributed.run import get_args_parser
 
 from pyramid_ldm.cli import COMMANDS, encode, main, sample, train_ae, train_flow
 from pyramid_ldm.cli.common import Number, find_config
-from pyramid_ldm.config import AutoencoderTraining, ConfigError, load_config, save_config
+from pyramid_ldm.config import AutoencoderTraining, load_config, save_config
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.pipeline import PyramidPipeline
 from pyramid_ldm.pyramid import LatentScaling
 
@@ -90,7 +91,7 @@ def test_a_config_that_is_not_there_is_an_error(capsys, tmp_path, photographs):
 def test_shipped_configs_are_found_by_the_name_that_is_documented(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # not in a clone
     assert find_config(DEMO, "autoencoder_configs") == ROOT / DEMO
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         find_config(DEMO, "diffusion_configs")
     (tmp_path / "autoencoder_configs").mkdir()
     (tmp_path / DEMO).write_text("mine")

@@ -8,10 +8,8 @@ from conftest import tiny_autoencoder_config, tiny_flow_config
 from pyramid_ldm.config import (
     AutoencoderConfig,
     AutoencoderTraining,
-    ConfigError,
     FlowConfig,
     FlowTraining,
-    LevelConfig,
     load_config,
     load_saved,
     save_config,
@@ -19,6 +17,8 @@ from pyramid_ldm.config import (
 from pyramid_ldm.config.autoencoder import EncoderConfig
 from pyramid_ldm.config.base import differences, to_yaml
 from pyramid_ldm.config.schema import element, leaves, optional
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.pyramid import Level
 
 ROOT = Path(__file__).parent.parent
 AUTOENCODER = """
@@ -48,7 +48,7 @@ def refusal(load):
     """The one line that a wrong config earns."""
 
     def refusal(*overrides, **kwargs):
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             load(*overrides, **kwargs)
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -184,7 +184,7 @@ def test_bad_yaml_in_an_override_is_one_line(refusal):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such config file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: no such config file"):
         load_config(FlowTraining, tmp_path / "nowhere.yaml")
 
 
@@ -267,8 +267,8 @@ def test_rules_name_key_and_value(refusal, override, fault):
 def test_rules_of_the_levels(refusal, levels, fault):
     text = ", ".join(f"{{factor: {f}, channels: {c}}}" for f, c in levels)
     assert re.search(fault, refusal(f"model.levels=[{text}]"))
-    with pytest.raises(ConfigError, match=fault):  # as stage two hears it, from its shards
-        FlowConfig().resolve([32, 64], [LevelConfig(f, c) for f, c in levels])
+    with pytest.raises(UserError, match=fault):  # as stage two hears it, from its shards
+        FlowConfig().resolve([32, 64], [Level(f, c) for f, c in levels])
 
 
 @pytest.mark.parametrize("config", [tiny_autoencoder_config(), tiny_flow_config()], ids=["autoencoder", "flow"])
@@ -292,12 +292,12 @@ def test_a_saved_training_config_loads_equal(load, tmp_path):
 def test_a_saved_config_says_what_it_is(load, tmp_path):
     save_config(load(), tmp_path / "saved.yaml")
     assert (tmp_path / "saved.yaml").read_text().startswith("format: 1\nkind: train-ae\n")
-    with pytest.raises(ConfigError, match=r"saved\.yaml: is a config of kind train-ae, not train-flow"):
+    with pytest.raises(UserError, match=r"saved\.yaml: is a config of kind train-ae, not train-flow"):
         load_config(FlowTraining, tmp_path / "saved.yaml")
     assert load_config(AutoencoderTraining, tmp_path / "saved.yaml", ["train.images=3"]).train.images == 3
     newer = (tmp_path / "saved.yaml").read_text().replace("format: 1", "format: 2")
     (tmp_path / "saved.yaml").write_text(newer)
-    with pytest.raises(ConfigError, match=r"saved\.yaml: format 2, this version reads up to 1"):
+    with pytest.raises(UserError, match=r"saved\.yaml: format 2, this version reads up to 1"):
         load_saved(AutoencoderTraining, tmp_path / "saved.yaml")
 
 
@@ -335,7 +335,7 @@ def test_every_number_is_declared_with_its_bounds_and_they_hold(schema, tmp_path
         listed, field = element(optional(leaf.type)[0]) is not optional(leaf.type)[0], leaf.name.rpartition(".")[2]
         for text in wrong:
             value = float(text) if leaf.number is float or not text.lstrip("-").isdigit() else int(text)
-            with pytest.raises(ConfigError, match=rf"{field} is .*{re.escape(str(value))}"):
+            with pytest.raises(UserError, match=rf"{field} is .*{re.escape(str(value))}"):
                 section_of(schema, leaf.name)(**{field: [value] if listed else value})
             checked += 1
         if number % 8:
@@ -343,7 +343,7 @@ def test_every_number_is_declared_with_its_bounds_and_they_hold(schema, tmp_path
         wrong += ["many", "1.5x", *(["0.5"] if leaf.number is int else [])]
         wrong += ["1" + "0" * 400] if high is not None or leaf.number is float else []
         for value in wrong:
-            with pytest.raises(ConfigError) as caught:
+            with pytest.raises(UserError) as caught:
                 load_config(schema, tmp_path / "config.yaml", [f"{leaf.name}=" + (f"[{value}]" if listed else value)])
             assert leaf.name in str(caught.value), f"{leaf.name}={value}: {caught.value}"
             assert "\n" not in str(caught.value)
@@ -353,9 +353,9 @@ def test_every_number_is_declared_with_its_bounds_and_they_hold(schema, tmp_path
 def test_odd_text_is_one_line(load):
     for name in ("data.root", "run_dir", "loss.perceptual.weights"):
         for empty in ("", "  "):
-            with pytest.raises(ConfigError, match=f"{name} is empty; give a path"):
+            with pytest.raises(UserError, match=f"{name} is empty; give a path"):
                 load(f"{name}={empty}")
-    with pytest.raises(ConfigError, match=r"train\.images: is nested too deeply"):
+    with pytest.raises(UserError, match=r"train\.images: is nested too deeply"):
         load(f"train.images={'[' * 3000}")
     assert load("run_dir=~nosuchuser/run").run_dir == "~nosuchuser/run"
 

@@ -18,10 +18,11 @@ import compare_autoencoders as compare  # noqa: E402
 from experiments import latents, rows, tables, unseen  # noqa: E402
 from experiments.command import exit_code  # noqa: E402
 
-from pyramid_ldm.config import AutoencoderConfig, LevelConfig  # noqa: E402
+from pyramid_ldm.config import AutoencoderConfig  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
 from pyramid_ldm.data.scenes import render_landscape  # noqa: E402
 from pyramid_ldm.errors import UserError  # noqa: E402
+from pyramid_ldm.pyramid import Level  # noqa: E402
 from pyramid_ldm.training.runtime import start  # noqa: E402
 
 
@@ -29,7 +30,7 @@ def peer_config(factor, channels):
     widths = [4] * factor.bit_length()
     return AutoencoderConfig(
         image_size=[2 * factor, 2 * factor],
-        levels=[LevelConfig(factor, channels)],
+        levels=[Level(factor, channels)],
         encoder=EncoderConfig(widths),
         decoder=DecoderConfig(widths),
         attention=AttentionConfig(max_tokens=0),

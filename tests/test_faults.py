@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from pyramid_ldm.cli import main
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.latents import LatentRecords
-from pyramid_ldm.data.loading import DeadWorkerError, load_batches
+from pyramid_ldm.data.loading import load_batches
 from pyramid_ldm.data.photographs import load_pixels
 from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.data.shards import INDEX, LatentCache
@@ -444,7 +444,7 @@ def stack(items):
 def test_a_dead_worker_is_noticed():
     begin = time.monotonic()
     batches = load_batches(Slow(), stack, [[i] for i in range(20)], workers=2)
-    with pytest.raises(DeadWorkerError, match=r"was killed, perhaps because memory ran out; lower data\.workers"):
+    with pytest.raises(UserError, match=r"was killed, perhaps because memory ran out; lower data\.workers"):
         list(batches)
     assert time.monotonic() - begin < 30
 

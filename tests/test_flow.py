@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import randomise, tiny_flow, tiny_flow_config
 
-from pyramid_ldm.config import ConfigError
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.flow.samplers import euler
@@ -96,9 +96,9 @@ def test_dropout_schedules_of_the_config():
 
 
 def test_too_few_widths_are_refused():
-    with pytest.raises(ConfigError, match="need at least 3"):
+    with pytest.raises(UserError, match="need at least 3"):
         tiny_flow_config(image_size=(32, 32), levels=((32, 4), (8, 2)), widths=[8, 8])
-    with pytest.raises(ConfigError, match="does not divide"):
+    with pytest.raises(UserError, match="does not divide"):
         tiny_flow_config(image_size=(32, 32), levels=((16, 4), (8, 2)), widths=[8] * 6)
 
 

@@ -9,10 +9,10 @@ from test_cli import complaint
 from test_training import AE_CONFIG, FLOW_CONFIG
 
 from pyramid_ldm.cli import main
-from pyramid_ldm.config import AutoencoderTraining, FlowTraining, LevelConfig, load_config, save_config
+from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config, save_config
 from pyramid_ldm.files import read_json, sealed, write_json
 from pyramid_ldm.pipeline import PyramidPipeline
-from pyramid_ldm.pyramid import LatentScaling
+from pyramid_ldm.pyramid import LatentScaling, Level
 from pyramid_ldm.training import autoencoder_state, budget, flow_state
 from pyramid_ldm.training.budget import find_autoencoder, load_training
 from pyramid_ldm.training.checkpoint import save_checkpoint
@@ -137,7 +137,7 @@ def test_the_cost_of_configs(capsys, monkeypatch, tmp_path, ae_run, finished):
     assert rows["latents"] == "2x2x6 + 4x4x4, 1:34.9"
     assert rows["parameters"] == "network 5.0 M"
     config = load_training(flow, [f"data.shards={finished}"])
-    levels = [LevelConfig(16, 6), LevelConfig(8, 4)]
+    levels = [Level(16, 6), Level(8, 4)]
     for source in (ae_run, ae_run / "model", ae_run / "model/config.yaml", None):
         assert find_autoencoder(config, source).levels == levels
 

@@ -5,8 +5,9 @@ import torch
 from conftest import randomise
 from torch import nn
 
-from pyramid_ldm.config import FlowConfig, LevelConfig
+from pyramid_ldm.config import FlowConfig
 from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.pyramid import Level
 
 WIDTHS = [64, 128, 128]
 
@@ -34,7 +35,7 @@ def reference():
 def ours():
     config = FlowConfig(
         image_size=[32, 32],
-        levels=[LevelConfig(1, 3)],
+        levels=[Level(1, 3)],
         widths=WIDTHS,
         blocks=2,
         attention="spatial",

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import tiny_autoencoder_config
 
-from pyramid_ldm.config import AutoencoderTraining, LevelConfig, load_saved
+from pyramid_ldm.config import AutoencoderTraining, load_saved
 from pyramid_ldm.config.autoencoder import AutoencoderTrainConfig, ImageDataConfig
 from pyramid_ldm.errors import UserError
+from pyramid_ldm.pyramid import Level
 from pyramid_ldm.training.checkpoint import save_checkpoint
 from pyramid_ldm.training.run import open_run, record_start, refuse_other_step
 from pyramid_ldm.training.runtime import Runtime
@@ -78,7 +79,7 @@ def test_every_start_is_remembered(run, config):
         ("seed", 1, "0"),
         ("data.flip", False, "True"),
         ("loss.gan.weight", 0.0, "0.5"),
-        ("model.levels", [LevelConfig(16, 6), LevelConfig(8, 5)], ".*"),
+        ("model.levels", [Level(16, 6), Level(8, 5)], ".*"),
     ],
 )
 def test_another_config_is_refused_by_key(run, config, key, value, old):

@@ -14,7 +14,7 @@ from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
 from pyramid_ldm.autoencoder.regions import Region, Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig
 from pyramid_ldm.nn.spectral import full_precision
-from pyramid_ldm.pyramid import LatentLevel, Pyramid, compression_ratio, level_shapes
+from pyramid_ldm.pyramid import Pyramid, compression_ratio, level_shapes
 from pyramid_ldm.serialization import assemble, read_model, read_stored, save_model
 
 
@@ -37,7 +37,7 @@ class PyramidAutoencoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.levels = [LatentLevel(level.factor, level.channels) for level in config.levels]
+        self.levels = list(config.levels)
         factors = config.attention.factors or []
         self.encoder = PyramidEncoder(
             config.encoder.widths,

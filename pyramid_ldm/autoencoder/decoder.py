@@ -13,7 +13,7 @@ from pyramid_ldm.nn.layers import build_norm, conv2d, dropout_schedule, float32_
 from pyramid_ldm.nn.pixel_norm import norm_silu
 from pyramid_ldm.nn.resample import bilinear_up, nearest_up
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock, TransformerBlock, position_encoding
-from pyramid_ldm.pyramid import LatentLevel, Pyramid
+from pyramid_ldm.pyramid import Level, Pyramid
 
 UPSAMPLING = {"nearest": nearest_up, "bilinear": bilinear_up}
 
@@ -179,7 +179,7 @@ class PyramidDecoder(nn.Module):
     def __init__(
         self,
         widths: Sequence[int],
-        levels: Sequence[LatentLevel],
+        levels: Sequence[Level],
         *,
         blocks: int = 2,
         branch: str = "residual",

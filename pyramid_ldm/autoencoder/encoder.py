@@ -12,7 +12,7 @@ from pyramid_ldm.nn.layers import build_norm, conv2d, float32_conv2d
 from pyramid_ldm.nn.pixel_norm import norm_silu
 from pyramid_ldm.nn.resample import box_down, max_down, unshuffle_down
 from pyramid_ldm.nn.resblock import Resampling, ResidualBlock
-from pyramid_ldm.pyramid import LatentLevel, Pyramid
+from pyramid_ldm.pyramid import Level, Pyramid
 
 INITIAL_LOG_VARIANCE = -6.0
 POOLING = {"average": box_down, "max": max_down, "unshuffle": unshuffle_down}
@@ -120,7 +120,7 @@ class PyramidEncoder(nn.Module):
     def __init__(
         self,
         widths: Sequence[int],
-        levels: Sequence[LatentLevel],
+        levels: Sequence[Level],
         *,
         moments: int,
         blocks: int = 1,

@@ -11,7 +11,6 @@ from typing import NoReturn
 
 from pyramid_ldm import __version__
 from pyramid_ldm.cli import demo, encode, evaluate, info, latents, reconstruct, sample, train_ae, train_flow
-from pyramid_ldm.config.schema import ConfigError
 from pyramid_ldm.errors import UserError
 
 COMMANDS = (demo, train_ae, encode, train_flow, sample, reconstruct, latents, evaluate, info)
@@ -65,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _of_the_input(error: Exception) -> str | None:
     """What to say, in a line, of an error that is not ours: the user's input, or the system's. None for a bug."""
-    if isinstance(error, UserError | ConfigError):
+    if isinstance(error, UserError):
         return " ".join(str(error).split("\n"))
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyramid_ldm.config.schema import ConfigError
+from pyramid_ldm.errors import UserError
 
 if TYPE_CHECKING:
     from pyramid_ldm.evaluation.reference import Choice
@@ -33,7 +33,7 @@ def find_config(name: str, kind: str) -> Path:
     if name in known:
         return known[name]
     hint = f"; did you mean {kind}/{path.name}?" if f"{kind}/{path.name}" in known else ""
-    raise ConfigError(f"{name}: no such config file{hint or f'; those that come with the package are in {kind}/'}")
+    raise UserError(f"{name}: no such config file{hint or f'; those that come with the package are in {kind}/'}")
 
 
 class Number:

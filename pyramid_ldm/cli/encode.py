@@ -73,18 +73,19 @@ def run(arguments: argparse.Namespace) -> bool:
 
 def fitting_config(arguments: argparse.Namespace) -> str:
     """A config for a flow on these latents: of the name that the autoencoder's run has, else the first that fits."""
-    from pyramid_ldm.config import ConfigError, FlowTraining, LevelConfig, load_config
+    from pyramid_ldm.config import FlowTraining, load_config
+    from pyramid_ldm.data.plan import Plan
     from pyramid_ldm.data.shards import read_index
+    from pyramid_ldm.errors import UserError
 
-    plan = read_index(arguments.out)["plan"]
-    levels = [LevelConfig(factor, channels) for factor, channels in plan["levels"]]
+    plan = Plan.from_dict(read_index(arguments.out)["plan"])
     name = arguments.autoencoder.resolve().name.removesuffix("-ae")
     every = sorted(shipped("diffusion_configs"), key=lambda path: (path.stem != name, path.stem != "photographs_256"))
     for path in every:
         config = load_config(FlowTraining, path, ["data.shards=x"])
         try:
-            config.model.resolve(plan["image_size"], levels)
-        except ConfigError:
+            config.model.resolve(plan.image_size, plan.levels)
+        except UserError:
             continue
         return f"diffusion_configs/{path.name}"
     return "CONFIG.yaml"

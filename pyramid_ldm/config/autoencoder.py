@@ -8,7 +8,6 @@ from pyramid_ldm.config.common import (
     MOST_SIDE,
     CheckpointConfig,
     EmaConfig,
-    LevelConfig,
     LogConfig,
     TrainConfig,
     check_device,
@@ -16,6 +15,7 @@ from pyramid_ldm.config.common import (
     check_levels,
 )
 from pyramid_ldm.config.schema import Section, key, require
+from pyramid_ldm.pyramid import Level
 
 ATTENTION = ("spatial_channel", "spatial", "channel", "linear", "none")
 MOST_CHANNELS = 2**16
@@ -78,7 +78,7 @@ class AutoencoderConfig(Section):
     NAME, KIND = "model", "autoencoder"
 
     image_size: list[int] = key([], at_least=1, at_most=MOST_SIDE)  # [H, W]; training copies its own here
-    levels: list[LevelConfig] = key([])  # coarse to fine
+    levels: list[Level] = key([])  # coarse to fine
     latent: str = key("kl", choices=("kl", "vq"))
     codebook_size: int = key(1024, at_least=1, at_most=2**24)  # vq: entries per level
     skip: str = key("res_skip", choices=("res_skip", "residual", "skip", "none"))  # PDM figure 4

@@ -15,9 +15,10 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pyramid_ldm.config.schema import FORMAT, ConfigError, element, leaves, optional, require
+from pyramid_ldm.config.schema import FORMAT, element, leaves, optional, require
+from pyramid_ldm.errors import UserError
 
-__all__ = ["ConfigError", "build", "differences", "load_config", "load_saved", "read_yaml", "save_config", "to_yaml"]
+__all__ = ["build", "differences", "load_config", "load_saved", "read_yaml", "save_config", "to_yaml"]
 
 T = TypeVar("T")
 Tree = dict[str, Any]  # of dicts, lists, text and None
@@ -50,13 +51,13 @@ _Text.add_constructor("tag:yaml.org,2002:str", _scalar)
 
 
 def read_yaml(path: Path) -> Tree:
-    """The file's keys with text as values. ConfigError where it is missing or not YAML."""
+    """The file's keys with text as values. UserError where it is missing or not YAML."""
     if not path.is_file():
-        raise ConfigError(f"{path}: no such config file")
+        raise UserError(f"{path}: no such config file")
     try:
         loaded = yaml.load(path.read_text(encoding="utf-8-sig"), _Text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)})") from None
+        raise UserError(f"{path}: not valid YAML ({_one_line(error)})") from None
     require(isinstance(loaded, dict), f"{path}: expected 'key: value' lines at the top level")
     tree: Tree = loaded
     return tree
@@ -68,7 +69,7 @@ def load_config(schema: type[T], path: Path, overrides: Sequence[str] = ()) -> T
     Text in an argument is taken as it is, in a file `${key}` stands for another key's value. Numbers are decimal.
 
     Raises:
-        ConfigError: no such file, not YAML, an unknown key (with the nearest known one), a value of the wrong type or
+        UserError: no such file, not YAML, an unknown key (with the nearest known one), a value of the wrong type or
             out of range, a missing required value, or a rule of the dataclass's `__post_init__` that does not hold.
     """
     tree = read_yaml(path)
@@ -103,11 +104,9 @@ def _take_heading(schema: Any, path: Path, tree: Tree) -> bool:
             _add_older(schema, tree, 0)
         return False
     if kind != schema.KIND:
-        raise ConfigError(f"{path}: is a config of kind {kind}, not {schema.KIND}")
+        raise UserError(f"{path}: is a config of kind {kind}, not {schema.KIND}")
     if not (isinstance(text, str) and WHOLE.fullmatch(text) and 0 <= int(text) <= FORMAT):
-        raise ConfigError(
-            f"{path}: format {text}, this version reads up to {FORMAT}; install the version that wrote it"
-        )
+        raise UserError(f"{path}: format {text}, this version reads up to {FORMAT}; install the version that wrote it")
     _add_older(schema, tree, int(text))
     return True
 
@@ -129,16 +128,16 @@ def build(schema: type[T], sources: Sequence[tuple[str, Tree]]) -> T:
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(source))
         except (OmegaConfBaseException, TypeError) as error:
-            raise ConfigError(f"{origin}: {_located(error)}") from None
+            raise UserError(f"{origin}: {_located(error)}") from None
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
+            raise UserError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
         result = OmegaConf.to_object(merged)
-    except ConfigError as error:
-        raise ConfigError(f"{_origin(sources, str(error))}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{_origin(sources, str(error))}: {error}") from None
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
-        raise ConfigError(f"{sources[0][0]}: {_located(error)}") from None
+        raise UserError(f"{sources[0][0]}: {_located(error)}") from None
     assert isinstance(result, schema)
     return result
 
@@ -155,16 +154,16 @@ def _parse(schema: Any, overrides: Sequence[str]) -> list[tuple[str, Tree]]:
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{text!r} is not key=value, for example train.batch_size=8")
+            raise UserError(f"{text!r} is not key=value, for example train.batch_size=8")
         kind = _type_of(schema, name, text)
         tree: Any = value
         if optional(kind)[0] is not str:
             try:
                 tree = yaml.load(value, _Text)
             except yaml.YAMLError as error:
-                raise ConfigError(f"{text}: {_one_line(error)}") from None
+                raise UserError(f"{text}: {_one_line(error)}") from None
             except RecursionError:
-                raise ConfigError(f"{name}: is nested too deeply") from None
+                raise UserError(f"{name}: is nested too deeply") from None
         tree = _convert(kind, tree, name, text, literal=True)
         for part in reversed(name.split(".")):
             tree = {part: tree}
@@ -178,7 +177,7 @@ def _type_of(schema: Any, name: str, origin: str) -> Any:
         kind = optional(kind)[0]
         hints = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
         if part not in hints or part not in {field.name for field in dataclasses.fields(kind)}:
-            raise ConfigError(f"{origin}: unknown key {_nearest(schema, name)}")
+            raise UserError(f"{origin}: unknown key {_nearest(schema, name)}")
         kind = hints[part]
     return kind
 
@@ -195,27 +194,27 @@ def _convert(kind: Any, value: Any, name: str, origin: str, literal: bool, root:
         return None
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ConfigError(f"{origin}: {name} is {_shown(value)}; it holds keys of its own")
+            raise UserError(f"{origin}: {name} is {_shown(value)}; it holds keys of its own")
         hints, known = get_type_hints(kind), {field.name for field in dataclasses.fields(kind)}
         found = {}
         for part, inner in value.items():
             dotted = f"{name}.{part}" if name else part
             if part not in known:
-                raise ConfigError(f"{origin}: unknown key {_nearest(root or kind, _leaf(dotted, inner))}")
+                raise UserError(f"{origin}: unknown key {_nearest(root or kind, _leaf(dotted, inner))}")
             found[part] = _convert(hints[part], inner, dotted, origin, literal, root)
         return found
     if element(kind) is not kind:
         if not isinstance(value, list):
-            raise ConfigError(f"{origin}: {name} is {_shown(value)}; give a list, for example [1, 2]")
+            raise UserError(f"{origin}: {name} is {_shown(value)}; give a list, for example [1, 2]")
         return [_convert(element(kind), one, name, origin, literal) for one in value]
     if not isinstance(value, str):
-        raise ConfigError(f"{origin}: {name} is {_shown(value)}; {_wanted(kind)}")
+        raise UserError(f"{origin}: {name} is {_shown(value)}; {_wanted(kind)}")
     if value == MISSING or ("${" in value and not literal):
         return value
     try:
         return _read(kind, value)
     except ValueError:
-        raise ConfigError(f"{origin}: {name} is {value!r}; {_wanted(kind)}") from None
+        raise UserError(f"{origin}: {name} is {value!r}; {_wanted(kind)}") from None
 
 
 def _read(kind: Any, text: str) -> Any:

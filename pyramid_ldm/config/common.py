@@ -1,20 +1,12 @@
 """The keys that both training configs share."""
 
-from pyramid_ldm.config.schema import Section, key, require
+from pyramid_ldm.config.schema import Section, check_value, key, require
+from pyramid_ldm.pyramid import Level
 
 MOST_IMAGES = 10**15  # what a count of images may be
 MOST_SEED = 2**63 - 1
 MOST_SIDE = 2**20  # pixels
 DEVICES = ("auto", "cpu", "mps")
-
-
-class LevelConfig(Section):
-    """One latent level: its factor (image pixels per latent pixel) and channels."""
-
-    NAME = "model.levels"
-
-    factor: int = key(8, at_least=1, at_most=MOST_SIDE)
-    channels: int = key(4, at_least=1, at_most=2**20)
 
 
 class TrainConfig(Section):
@@ -80,8 +72,11 @@ def check_image_size(image_size: list[int]) -> None:
     require(len(image_size) == 2, f"image_size is {image_size}; give [height, width] in pixels")
 
 
-def check_levels(levels: list[LevelConfig], image_size: list[int]) -> None:
+def check_levels(levels: list[Level], image_size: list[int]) -> None:
     """Factors are powers of two, strictly falling (coarse to fine), and divide the image."""
+    for level in levels:
+        check_value("model.levels.factor", level.factor, {"at_least": 1, "at_most": MOST_SIDE}, level.factor)
+        check_value("model.levels.channels", level.channels, {"at_least": 1, "at_most": 2**20}, level.channels)
     require(len(levels) >= 1, "model.levels is empty; give at least one {factor: F, channels: C}")
     factors = [level.factor for level in levels]
     for factor in factors:

@@ -7,13 +7,13 @@ from pyramid_ldm.config.common import (
     MOST_SIDE,
     CheckpointConfig,
     EmaConfig,
-    LevelConfig,
     LogConfig,
     TrainConfig,
     check_device,
     check_levels,
 )
 from pyramid_ldm.config.schema import Section, key, require
+from pyramid_ldm.pyramid import Level
 
 
 class FlowConfig(Section):
@@ -22,7 +22,7 @@ class FlowConfig(Section):
     NAME, KIND = "model", "flow"
 
     image_size: list[int] = key([], at_least=1, at_most=MOST_SIDE)  # [H, W] of the images behind the latents
-    levels: list[LevelConfig] = key([])  # coarse to fine
+    levels: list[Level] = key([])  # coarse to fine
     # Channels at the finest latent, then at half its resolution, ...
     widths: list[int] = key([128, 256, 256, 256], at_least=8, at_most=2**16)
     blocks: int = key(2, at_least=1, at_most=64)  # residual blocks a level on the way down; one more on the way up
@@ -46,7 +46,7 @@ class FlowConfig(Section):
         if self.image_size:
             self.resolve(self.image_size, self.levels)
 
-    def resolve(self, image_size: list[int], levels: list[LevelConfig]) -> None:
+    def resolve(self, image_size: list[int], levels: list[Level]) -> None:
         """Takes over the latents' shape and fixes where attention stands, once and for all."""
         require(
             self.image_size in ([], image_size) and self.levels in ([], levels),

@@ -9,20 +9,18 @@ import types
 from collections.abc import Iterator
 from typing import Any, ClassVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
+from pyramid_ldm.errors import UserError
+
 FORMAT = 1  # of saved configs; those without a number are older
 
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 _UNSAID = object()
 
 
-class ConfigError(ValueError):
-    """A config is wrong; the message is one line naming the key, the fault and the remedy."""
-
-
 def require(condition: bool, message: str) -> None:
-    """Raises ConfigError(message) unless the condition holds."""
+    """Raises UserError(message) unless the condition holds."""
     if not condition:
-        raise ConfigError(message)
+        raise UserError(message)
 
 
 def key(
@@ -82,7 +80,7 @@ class Section:
 
 
 def check_value(name: str, value: Any, rules: Any, shown: Any) -> None:
-    """ConfigError where a number or a string is not what its key allows; `shown` is what the message quotes."""
+    """UserError where a number or a string is not what its key allows; `shown` is what the message quotes."""
     if isinstance(value, str) and rules.get("choices"):
         choices = rules["choices"]
         require(value in choices, f"{name} is {shown!r}; choose one of {', '.join(choices)}")

@@ -46,10 +46,6 @@ class Travelling:
         return self
 
 
-class DeadWorkerError(UserError):
-    """A process that prepared batches has ended."""
-
-
 @dataclass(frozen=True)
 class Failure:
     """What could not be done, and what that is: by default the user's to mend."""
@@ -94,7 +90,7 @@ def load_batches(
 
     Raises:
         UserError: what a worker met: a failing disk, no image that can be read.
-        DeadWorkerError: a worker was killed; noticed at once.
+        UserError: a worker was killed; noticed at once.
     """
     make = _Maker(dataset, collate)
     if not workers:
@@ -178,7 +174,7 @@ class _Workers:
             self._put(None)
         except (EOFError, OSError):
             message = "a process that reads data was killed, perhaps because memory ran out"
-            self._put(Failure(f"{message}; lower data.workers (--workers), and run again", DeadWorkerError))
+            self._put(Failure(f"{message}; lower data.workers (--workers), and run again"))
         except Exception:
             self._put(Failure(traceback.format_exc(), RuntimeError))
 

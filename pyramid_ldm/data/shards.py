@@ -7,7 +7,6 @@ first shard without one. `index.json` is written last. Both say what their own c
 
 import hashlib
 import json
-import math
 import os
 import struct
 from collections.abc import Sequence
@@ -21,56 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pyramid_ldm.data.digests import Facts, UnreadableFileError, facts_of, with_retries
+from pyramid_ldm.data.plan import Plan, Row
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_sealed, sealed, sha256, write_atomic, write_json
-from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, level_shapes, unflatten
+from pyramid_ldm.pyramid import LatentScaling, Pyramid, unflatten
 
 FORMAT = 2
 INDEX = "index.json"
 DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 MOST_HEADER = 2**20  # bytes; ours are a hundred
-
-
-@dataclass(frozen=True)
-class Row:
-    """Where a record comes from."""
-
-    source: str  # the image's content hash
-    mirrored: bool
-    crop: int  # 0: the centre; k: the k-th random crop
-    split: str  # train | held_out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a cache is made of; two caches with one plan hold the same records."""
-
-    autoencoder: str  # fingerprint
-    data: str  # fingerprint of the images
-    image_size: list[int]
-    levels: list[list[int]]  # [factor, channels], coarse to fine
-    has_variance: bool
-    dtype: str  # float16 | float32
-    precision: str  # bf16 | fp32: what the encoder computed in
-    crops: int
-    zoom: float
-    flip: bool
-    validation: float
-    seed: int
-    shard_size: int
-    upscale: bool = True  # whether photographs smaller than image_size are in it, enlarged
-
-    def latent_levels(self) -> list[LatentLevel]:
-        """The levels as objects."""
-        return [LatentLevel(factor, channels) for factor, channels in self.levels]
-
-    def record_length(self) -> int:
-        """Values of a row: means and, where there are any, log-variances."""
-        return sum(math.prod(shape) for shape in self.shapes()) * (2 if self.has_variance else 1)
-
-    def shapes(self) -> list[tuple[int, int, int]]:
-        """(C, H, W) of each level."""
-        return level_shapes(self.latent_levels(), self.image_size)
 
 
 def shard_paths(directory: Path, number: int) -> tuple[Path, Path]:
@@ -104,7 +62,7 @@ def write_shard(
         sealed(
             {
                 "format": FORMAT,
-                "plan": asdict(plan),
+                "plan": plan.to_dict(),
                 "sha256": sha256(shard),
                 "missing": missing,
                 "gone": gone,
@@ -129,7 +87,7 @@ def has_shard(directory: Path, number: int, plan: Plan) -> bool:
 
 def check_plan(directory: Path, found: Any, plan: Plan) -> None:
     """Refuses a cache made by another autoencoder, of other images, or with other preprocessing."""
-    for key, value in asdict(plan).items():
+    for key, value in plan.to_dict().items():
         other = found.get(key) if isinstance(found, dict) else None
         if other != value:
             raise UserError(
@@ -153,7 +111,7 @@ def write_index(directory: Path, plan: Plan, count: int, unopened: Sequence[str]
         shards.append({"file": path.name, "count": shard.count, "sha256": content["sha256"]})
     statistics = totals.result()
     index = {
-        "format": FORMAT, "plan": asdict(plan), "statistics": statistics, "missing": missing,
+        "format": FORMAT, "plan": plan.to_dict(), "statistics": statistics, "missing": missing,
         "unopened": list(unopened), "shards": shards,
     }  # fmt: skip
     write_json(directory / INDEX, sealed(index))
@@ -175,7 +133,7 @@ class _Totals:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        zeros = [np.zeros(channels) for _, channels in plan.levels]
+        zeros = [np.zeros(level.channels) for level in plan.levels]
         self.sum, self.square, self.variance = ([z.copy() for z in zeros] for _ in range(3))
         self.count = [0] * len(plan.levels)
 
@@ -291,11 +249,11 @@ class LatentCache:
             again = "encode has not finished: run the same `pyramid-ldm encode` again"
         index = read_sealed(directory / INDEX, again, FORMAT)
         try:
-            self.plan = Plan(**index["plan"])
+            self.plan = Plan.from_dict(index["plan"])
             self.statistics: list[dict[str, Any]] = index["statistics"]
             self.missing = count_missing(index)
             entries = [(entry["file"], entry["count"], entry["sha256"]) for entry in index["shards"]]
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             raise UserError(f"{directory / INDEX}: was written by another version; run encode again") from None
         self.directory = directory
         self.shards: list[Shard] = []
@@ -324,7 +282,7 @@ class LatentCache:
     def identity(self) -> dict[str, Any]:
         """What the latents are, wherever they lie: two caches with one identity hold the same records in one order."""
         rows = hashlib.sha256(json.dumps([list(asdict(row).values()) for row in self.rows]).encode())
-        return asdict(self.plan) | {"rows": rows.hexdigest()[:16]}
+        return self.plan.to_dict() | {"rows": rows.hexdigest()[:16]}
 
     def indices(self, split: str) -> list[int]:
         """Rows of one split."""
@@ -339,12 +297,12 @@ class LatentCache:
         """unit: each level divided by its std; paper: only levels whose std exceeds 1 (PDM section 4.1); channel:
         each channel's mean subtracted and divided by its own std."""
         means, stds = [], []
-        for (_, channels), level in zip(self.plan.levels, self.statistics, strict=True):
+        for latent, level in zip(self.plan.levels, self.statistics, strict=True):
             std = level["std"]
             if mode == "channel":
                 means.append(tuple(level["channel_mean"]))
                 stds.append(tuple(level["channel_std"]))
                 continue
-            means.append((0.0,) * channels)
-            stds.append((1.0 if mode == "paper" and std < 1 else std,) * channels)
+            means.append((0.0,) * latent.channels)
+            stds.append((1.0 if mode == "paper" and std < 1 else std,) * latent.channels)
         return LatentScaling(tuple(means), tuple(stds))

@@ -20,7 +20,7 @@ from pyramid_ldm.nn.layers import conv2d, dropout_schedule, group_norm, linear, 
 from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, nearest_up
 from pyramid_ldm.nn.resblock import Resample, ResidualBlock
 from pyramid_ldm.nn.spectral import full_precision
-from pyramid_ldm.pyramid import LatentLevel, Pyramid, level_shapes
+from pyramid_ldm.pyramid import Pyramid, level_shapes
 from pyramid_ldm.serialization import assemble, read_model, read_stored, save_model
 
 
@@ -173,7 +173,7 @@ class PyramidNCSNpp(nn.Module):
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
         self.config = config
-        self.levels = [LatentLevel(level.factor, level.channels) for level in config.levels]
+        self.levels = list(config.levels)
         self.shapes = level_shapes(self.levels, config.image_size)
         finest, sn, widths = self.levels[-1], config.spectral_norm, config.widths
         depth = len(widths)

@@ -19,10 +19,6 @@ from pyramid_ldm.pyramid import Pyramid, flatten, unflatten
 Progress = Callable[[int, float], None]  # (evaluations so far, t)
 
 
-class SamplerError(UserError):
-    """The solve cannot go on; the message says why and what to try."""
-
-
 @dataclass(frozen=True)
 class Solution:
     """Z at t = 1 and what it took."""
@@ -44,7 +40,7 @@ class _Counted:
     def __call__(self, latents: Pyramid, t: Tensor, time: float) -> Pyramid:
         """`time` is the earliest of `t`, on the host."""
         if self.nfe >= self.max_nfe:
-            raise SamplerError(
+            raise UserError(
                 f"stopped at t = {time:.4f} after max_nfe = {self.max_nfe} evaluations; raise --max-nfe, loosen "
                 f"--rtol and --atol, --precision fp32, or --solver euler"
             )
@@ -58,9 +54,9 @@ class _Counted:
 
 
 def require_finite(values: Pyramid, time: float) -> None:
-    """SamplerError where a velocity, or a state, is not finite."""
+    """UserError where a velocity, or a state, is not finite."""
     if not all(bool(torch.isfinite(level).all()) for level in values):
-        raise SamplerError(
+        raise UserError(
             f"the velocity is not finite (seen at t = {time:.4f}); try --precision fp32, or train with a lower "
             f"learning rate"
         )
@@ -78,7 +74,7 @@ def euler(
     """`steps` uniform Euler steps: evaluated at t_k = eps + k (1 - eps) / N with step 1 / N, as the rectified-flow
     reference does (stepping (1 - eps) / N instead would leave 0.1% of the noise in)."""
     if steps < 1:
-        raise SamplerError(f"steps is {steps}; it must be at least 1")
+        raise UserError(f"steps is {steps}; it must be at least 1")
     counted = _Counted(velocity, max_nfe, progress)
     latents = tuple(level.float() for level in noise)
     batch = latents[0].shape[0]
@@ -124,7 +120,7 @@ def rk45(
     try:
         state, counts = dormand_prince.solve(field, start, eps, 1.0, rtol=rtol, atol=atol, parts=sizes, at=at)
     except dormand_prince.StepVanishedError as error:
-        raise SamplerError(
+        raise UserError(
             f"{error} after {counted.nfe} evaluations; loosen --rtol and --atol, or use --solver euler"
         ) from None
     latents = unflatten(state, shapes)
@@ -170,7 +166,7 @@ def dopri5(
     try:
         path = torchdiffeq.odeint(field, state, times, rtol=rtol, atol=atol, method="dopri5", options=options)
     except AssertionError as error:
-        raise SamplerError(
+        raise UserError(
             f"the step size vanished after {counted.nfe} evaluations ({error}); loosen --rtol and --atol, or use "
             f"--solver euler"
         ) from None

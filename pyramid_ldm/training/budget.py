@@ -11,7 +11,6 @@ import torch
 from pyramid_ldm.config import (
     AutoencoderConfig,
     AutoencoderTraining,
-    ConfigError,
     FlowTraining,
     load_config,
     load_saved,
@@ -20,7 +19,7 @@ from pyramid_ldm.config.base import read_yaml
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.pyramid import compression_ratio, level_shapes
 from pyramid_ldm.serialization import read_model
-from pyramid_ldm.training.cost import BATCH, cache_bytes, estimate_autoencoder, estimate_flow, latent_levels
+from pyramid_ldm.training.cost import BATCH, cache_bytes, estimate_autoencoder, estimate_flow
 from pyramid_ldm.training.encode import AUTOENCODER
 from pyramid_ldm.training.runtime import Runtime
 
@@ -34,7 +33,7 @@ def kind_of_config(path: Path) -> str | None:
     """What a YAML file configures: "train-ae", "train-flow", a saved "autoencoder" or "flow" network, or None."""
     try:
         loaded = read_yaml(path)
-    except ConfigError:  # `load_config` says what is wrong
+    except UserError:  # `load_config` says what is wrong
         return None
     kind = loaded.get("kind")
     if isinstance(kind, str):
@@ -54,7 +53,7 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> AutoencoderTrain
 
     Raises:
         UserError: the file is not a training config.
-        ConfigError: what it or an override says is wrong.
+        UserError: what it or an override says is wrong.
     """
     match kind_of_config(path):
         case "train-flow":
@@ -159,7 +158,7 @@ def table(rows: dict[str, str]) -> str:
 
 def describe_latents(config: AutoencoderConfig) -> str:
     """ "1x1x64 + 4x4x60, 1:204.8"."""
-    levels = latent_levels(config)
+    levels = config.levels
     shapes = " + ".join(f"{h}x{w}x{c}" for c, h, w in level_shapes(levels, config.image_size))
     return f"{shapes}, 1:{compression_ratio(levels, config.image_size):.1f}"
 

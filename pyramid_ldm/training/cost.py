@@ -25,7 +25,7 @@ from pyramid_ldm.memory import PeakMemory
 from pyramid_ldm.nn import pixel_norm, spectral
 from pyramid_ldm.nn.layers import fold_spectral_norm
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
-from pyramid_ldm.pyramid import LatentLevel, LatentScaling, Pyramid, latent_values, level_shapes
+from pyramid_ldm.pyramid import LatentScaling, Pyramid, latent_values, level_shapes
 from pyramid_ldm.shapes import Shapes
 from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
@@ -287,12 +287,7 @@ def count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def latent_levels(config: AutoencoderConfig | FlowConfig) -> list[LatentLevel]:
-    """The config's levels as objects."""
-    return [LatentLevel(level.factor, level.channels) for level in config.levels]
-
-
 def cache_bytes(config: AutoencoderConfig, images: int) -> int:
     """Records of `images` photographs in float16: means, log-variances unless VQ, and mirrored copies."""
-    values = latent_values(latent_levels(config), config.image_size)
+    values = latent_values(config.levels, config.image_size)
     return images * values * 2 * (2 if config.latent == "kl" else 1) * 2

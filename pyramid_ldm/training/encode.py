@@ -17,17 +17,8 @@ from pyramid_ldm.data.images import UnreadableImage, normalise
 from pyramid_ldm.data.latents import make_record
 from pyramid_ldm.data.loading import Travelling, load_batches
 from pyramid_ldm.data.photographs import BadFile, Preprocessing, load_pixels
-from pyramid_ldm.data.shards import (
-    INDEX,
-    Plan,
-    Row,
-    check_plan,
-    count_missing,
-    has_shard,
-    read_index,
-    write_index,
-    write_shard,
-)
+from pyramid_ldm.data.plan import Plan, Row
+from pyramid_ldm.data.shards import INDEX, check_plan, count_missing, has_shard, read_index, write_index, write_shard
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.files import append_line, read_lines
@@ -270,7 +261,7 @@ def make_plan(
         autoencoder=autoencoder.fingerprint(),
         data=fingerprint(files),
         image_size=list(config.image_size),
-        levels=[[level.factor, level.channels] for level in autoencoder.levels],
+        levels=autoencoder.levels,
         has_variance=config.latent == "kl",
         dtype=options.dtype,
         precision="bf16" if runtime.bf16 else "fp32",

@@ -204,7 +204,7 @@ def shards(path: Path) -> dict[str, str]:
         "images": f"{plan.image_size[0]}x{plan.image_size[1]}, "
         + (f"{plan.crops} random crops, zoom up to {plan.zoom:g}" if plan.crops else "centre crop")
         + (", with mirrored copies" if plan.flip else ""),
-        "latents": f"{shapes}, 1:{compression_ratio(plan.latent_levels(), plan.image_size):.1f}; a record is "
+        "latents": f"{shapes}, 1:{compression_ratio(plan.levels, plan.image_size):.1f}; a record is "
         f"{plan.record_length()} values ({'mean and log-variance' if plan.has_variance else 'latents'}), {plan.dtype}",
         "latent std": stds,
         "encoded in": plan.precision,

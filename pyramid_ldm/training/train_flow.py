@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.config.common import LevelConfig
 from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.latents import LatentRecords, collate_latents
 from pyramid_ldm.data.loading import load_batches
@@ -37,7 +36,7 @@ def train_flow(config: FlowTraining) -> tuple[Path, bool]:
     shards = Path(config.data.shards)
     cache = LatentCache(shards)
     runtime.first(cache.verify)
-    config.model.resolve(cache.plan.image_size, [LevelConfig(f, c) for f, c in cache.plan.levels])
+    config.model.resolve(cache.plan.image_size, cache.plan.levels)
     for name in ("level_weights", "level_shifts"):
         values = getattr(config.rectified_flow, name)
         if values is not None and len(values) != len(cache.plan.levels):

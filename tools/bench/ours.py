@@ -10,7 +10,7 @@ from bench.settings import Settings
 from pyramid_ldm import PyramidAutoencoder, PyramidNCSNpp
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
 from pyramid_ldm.nn.layers import fold_spectral_norm
-from pyramid_ldm.pyramid import LatentLevel, Pyramid, level_shapes
+from pyramid_ldm.pyramid import Pyramid, level_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {(1024, 1024): "celebahq_1024", (1024, 2048): "scapes2k", (2048, 2048): "people2k"}  # by height, width
@@ -53,7 +53,7 @@ def flow_config(name: str, settings: Settings, *overrides: str) -> FlowTraining:
 def latent_shapes(name: str, settings: Settings) -> list[tuple[int, int, int]]:
     """(channels, height, width) of each level of a config."""
     model = autoencoder_config(name, settings).model
-    return level_shapes([LatentLevel(level.factor, level.channels) for level in model.levels], model.image_size)
+    return level_shapes(model.levels, model.image_size)
 
 
 def autoencoder(name: str, settings: Settings, device: torch.device) -> PyramidAutoencoder:

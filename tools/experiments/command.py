@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable
 
-from pyramid_ldm.config.base import ConfigError
 from pyramid_ldm.errors import UserError
 
 
@@ -12,7 +11,7 @@ def exit_code(name: str, work: Callable[[], object]) -> int:
     on."""
     try:
         work()
-    except (ConfigError, UserError) as error:
+    except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -16,7 +16,8 @@ from bench.sections.encode_files import temporary
 from bench.settings import Item, Settings
 from bench.tables import RSS, TIME, Column, significant, times
 from pyramid_ldm.data.latents import LatentRecords, collate_latents
-from pyramid_ldm.data.shards import LatentCache, Plan, Row, write_index, write_shard
+from pyramid_ldm.data.plan import Plan, Row
+from pyramid_ldm.data.shards import LatentCache, write_index, write_shard
 from pyramid_ldm.pyramid import unflatten
 
 BATCH, TOTAL = 256, 2**28  # records; bytes of a cache
@@ -40,7 +41,7 @@ def plan(config: str, settings: Settings) -> Plan:
     model = ours.autoencoder_config(config, settings).model
     return Plan(
         autoencoder="none", data="none", image_size=list(model.image_size),
-        levels=[[level.factor, level.channels] for level in model.levels], has_variance=True, dtype="float16",
+        levels=model.levels, has_variance=True, dtype="float16",
         precision="fp32", crops=0, zoom=1.0, flip=False, validation=0.0, seed=0, shard_size=BATCH,
     )  # fmt: skip
 
