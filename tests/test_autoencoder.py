@@ -40,9 +40,14 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_variant_builds_steps_saves_loads_and_decodes(changes, tmp_path):
-    autoencoder = randomise(tiny_autoencoder(**changes), 0.02).train()
+# One of each kind of stored weight; the others are made of the same parts.
+STORED = {"default", "vq", "one level, f1", "three levels", "vit", "unshuffle, skip", "group norms", "two blocks",
+          "no linear heads", "no spectral norm"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_builds_and_steps(name, tmp_path):
+    autoencoder = randomise(tiny_autoencoder(**VARIANTS[name]), 0.02).train()
     optimizer = torch.optim.Adam(autoencoder.parameters(), 1e-3)
     size = autoencoder.config.image_size
     image = torch.rand(2, 3, *size) * 2 - 1
@@ -55,7 +60,12 @@ def test_every_variant_builds_steps_saves_loads_and_decodes(changes, tmp_path):
     # bias not at all (softmax over positions); everything else must learn.
     assert not [n for n in without if "temperature" not in n and "key" not in n and "embedding" not in n], without
     optimizer.step()
-    autoencoder.eval()
+    if name in STORED:
+        saves_loads_and_decodes(autoencoder.eval(), image, tmp_path)
+
+
+def saves_loads_and_decodes(autoencoder, image, tmp_path):
+    size = autoencoder.config.image_size
     autoencoder.save_pretrained(tmp_path)
     loaded = PyramidAutoencoder.from_pretrained(tmp_path)
     assert not spectral_layers(loaded)
