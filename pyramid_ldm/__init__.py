@@ -4,19 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-    from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
-    from pyramid_ldm.flow.rectified_flow import RectifiedFlow
+    from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+    from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
     from pyramid_ldm.pipeline import PyramidPipeline
+    from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 
 __version__ = "0.1.0"
 __all__ = ["PyramidAutoencoder", "PyramidNCSNpp", "PyramidPipeline", "RectifiedFlow", "__version__"]
 
 _HOMES = {
-    "PyramidAutoencoder": "pyramid_ldm.autoencoder.autoencoder",
-    "PyramidNCSNpp": "pyramid_ldm.flow.ncsnpp",
+    "PyramidAutoencoder": "pyramid_ldm.autoencoders.pyramid.autoencoder",
+    "PyramidNCSNpp": "pyramid_ldm.networks.ncsnpp",
     "PyramidPipeline": "pyramid_ldm.pipeline",
-    "RectifiedFlow": "pyramid_ldm.flow.rectified_flow",
+    "RectifiedFlow": "pyramid_ldm.processes.rectified_flow",
 }
 
 

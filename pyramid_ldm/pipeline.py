@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, FlowConfig
 from pyramid_ldm.data.images import to_pil
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json, sha256, write_json
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
-from pyramid_ldm.flow.samplers import Progress, Solution, dopri5, euler, rk45
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.nn.layers import to_bfloat16
 from pyramid_ldm.ownership import claim
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.processes.solvers import Progress, Solution, dopri5, euler, rk45
 from pyramid_ldm.pyramid import LatentScaling, Pyramid, pyramid_noise
 from pyramid_ldm.serialization import Stored, assemble, read_model, read_stored
 

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.config import AutoencoderConfig, FlowConfig
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig
-from pyramid_ldm.data.scenes import render_landscape
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.demo.scenes import render_landscape
+from pyramid_ldm.encode import EncodeOptions, encode
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.pyramid import Level
-from pyramid_ldm.training.encode import EncodeOptions, encode
 from pyramid_ldm.training.runtime import Runtime
 
 torch.set_num_threads(1)  # what tests compute is too small for two

@@ -15,11 +15,11 @@ import ablate  # noqa: E402
 from experiments import flow_rows  # noqa: E402
 from experiments.ablations import AUTOENCODER, AUTOENCODER_RECIPE, FLOW  # noqa: E402
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder  # noqa: E402
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder  # noqa: E402
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config  # noqa: E402
 from pyramid_ldm.config.base import to_yaml  # noqa: E402
 from pyramid_ldm.evaluation import frechet  # noqa: E402
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp  # noqa: E402
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp  # noqa: E402
 from pyramid_ldm.pyramid import Level, latent_values  # noqa: E402
 
 STAGE_ONE = ["run_dir=r", "data.root=d", "loss.perceptual.weights=random"]

@@ -4,9 +4,9 @@ import yaml
 from conftest import randomise, tiny_autoencoder, tiny_autoencoder_config
 from torch import nn
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.encoder import LatentHead
-from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
+from pyramid_ldm.autoencoders.posterior import DiagonalGaussian
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.encoder import LatentHead
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.nn.layers import SpectralNorm, spectral_layers
 from pyramid_ldm.nn.resample import bilinear_up

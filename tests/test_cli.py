@@ -220,7 +220,7 @@ def test_any_error_of_the_system_is_one_line(capsys, tmp_path, ae_run, photograp
     def fail(*_, **__):
         raise OSError(number, os.strerror(number), str(tmp_path / "z/00000.safetensors"))
 
-    monkeypatch.setattr("pyramid_ldm.training.encode.write_shard", fail)
+    monkeypatch.setattr("pyramid_ldm.encode.write_shard", fail)
     words = ["encode", str(ae_run), "--data", str(photographs), "--out", str(tmp_path / "z"), "--workers", "0"]
     assert main(words) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -252,14 +252,14 @@ def test_out_of_memory_is_one_line_that_names_what_helps(capsys, tmp_path, ae_ru
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr("pyramid_ldm.training.encode.write_shard", fail)
+        monkeypatch.setattr("pyramid_ldm.encode.write_shard", fail)
         words = ["encode", str(ae_run), "--data", str(photographs), "--out", str(tmp_path / "z"), "--workers", "0"]
         assert main(words) == 2
         assert "out of memory; lower train.batch_size" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_bug_is_not_hidden(tmp_path, ae_run, photographs, monkeypatch):
-    monkeypatch.setattr("pyramid_ldm.training.encode.write_shard", lambda *_: 1 / 0)
+    monkeypatch.setattr("pyramid_ldm.encode.write_shard", lambda *_: 1 / 0)
     words = ["encode", str(ae_run), "--data", str(photographs), "--out", str(tmp_path / "z"), "--workers", "0"]
     with pytest.raises(ZeroDivisionError):
         main(words)

@@ -7,7 +7,7 @@ import torch
 from conftest import randomise, tiny_autoencoder, tiny_flow
 from torch._dynamo.utils import counters
 
-from pyramid_ldm.autoencoder.regions import Regions
+from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.pyramid import pyramid_noise
 from pyramid_ldm.training.runtime import Runtime
 

@@ -15,11 +15,8 @@ from pyramid_ldm.config.common import TrainConfig
 from pyramid_ldm.config.flow import FlowConfig, ShardDataConfig
 from pyramid_ldm.data.latents import LatentBatch
 from pyramid_ldm.data.photographs import ImageBatch
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
-from pyramid_ldm.memory import PeakMemory, Watch
-from pyramid_ldm.training import autoencoder_state, flow_state
-from pyramid_ldm.training.budget import free_memory, remedy, verdict
-from pyramid_ldm.training.cost import (
+from pyramid_ldm.info.budget import free_memory, remedy, verdict
+from pyramid_ldm.info.cost import (
     CPU,
     Work,
     cache_bytes,
@@ -31,6 +28,9 @@ from pyramid_ldm.training.cost import (
     no_scaling,
     without_values,
 )
+from pyramid_ldm.info.memory import PeakMemory, Watch
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.step import take_step
@@ -242,7 +242,7 @@ def test_the_cache_of_a_thousand_images():
 
 def test_the_verdict(monkeypatch, stage_one):
     free = 10 * 2**30
-    monkeypatch.setattr("pyramid_ldm.training.budget.free_memory", lambda device: free)
+    monkeypatch.setattr("pyramid_ldm.info.budget.free_memory", lambda device: free)
     runtime, config = Runtime(CPU, False), stage_one
     gib = 2**30
     assert verdict(config, gib, runtime, lambda c: 0).startswith("fits: training takes 1.9 GiB")

@@ -12,7 +12,7 @@ from PIL import Image
 from pyramid_ldm.cli import main
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.images import to_tensor
-from pyramid_ldm.data.scenes import render_landscape
+from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation import progress as progress_module
 from pyramid_ldm.evaluation.evaluate import pictures_of, reconstruction_figures

@@ -20,7 +20,7 @@ from experiments.command import exit_code  # noqa: E402
 
 from pyramid_ldm.config import AutoencoderConfig  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
-from pyramid_ldm.data.scenes import render_landscape  # noqa: E402
+from pyramid_ldm.demo.scenes import render_landscape  # noqa: E402
 from pyramid_ldm.errors import UserError  # noqa: E402
 from pyramid_ldm.pyramid import Level  # noqa: E402
 from pyramid_ldm.training.runtime import start  # noqa: E402

@@ -22,16 +22,16 @@ from safetensors.torch import load_file, save_file
 from test_training import AE_CONFIG, FLOW_CONFIG
 from torch.utils.data import Dataset
 
+from pyramid_ldm import encode as encoding
 from pyramid_ldm.cli import main
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.latents import LatentRecords
 from pyramid_ldm.data.loading import load_batches
 from pyramid_ldm.data.photographs import load_pixels
-from pyramid_ldm.data.scenes import render_landscape
 from pyramid_ldm.data.shards import INDEX, LatentCache
+from pyramid_ldm.demo.scenes import render_landscape
+from pyramid_ldm.encode import encode
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.training import encode as encoding
-from pyramid_ldm.training.encode import encode
 from pyramid_ldm.training.runtime import Interrupted
 
 SETTINGS = ("data.max_bad_fraction=0.5", "loss.gan.weight=0", "train.images=16", "train.decay=constant", "log.every=8",

@@ -4,7 +4,7 @@ import torch
 from conftest import randomise, tiny_autoencoder
 from PIL import Image
 
-from pyramid_ldm.evaluation.demo import nearest_neighbours
+from pyramid_ldm.demo.pictures import nearest_neighbours
 from pyramid_ldm.evaluation.figures import comparison_grid, grid, latent_contributions, latents_sheet
 from pyramid_ldm.evaluation.metrics import bicubic, local_lipschitz, psnr
 

@@ -5,10 +5,10 @@ import torch
 from conftest import randomise, tiny_flow, tiny_flow_config
 
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
-from pyramid_ldm.flow.samplers import euler
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.nn.layers import spectral_layers
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.processes.solvers import euler
 from pyramid_ldm.pyramid import pyramid_noise
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import tiny_autoencoder, tiny_flow
 
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.nn.layers import advance_spectral_norm
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.pyramid import pyramid_noise
 
 AUTOENCODER = [0.78378, 0.79428, 0.72142, 0.69514]

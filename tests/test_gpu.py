@@ -23,13 +23,13 @@ from pyramid_ldm.data.latents import LatentBatch, LatentRecords, collate_latents
 from pyramid_ldm.data.loading import load_batches
 from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images
 from pyramid_ldm.data.shards import LatentCache
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
-from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.info.cost import estimate_autoencoder
+from pyramid_ldm.info.memory import PeakMemory
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pipeline import SolverOptions
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.pyramid import LatentScaling, flatten, pyramid_noise
 from pyramid_ldm.training import autoencoder_state, flow_state
-from pyramid_ldm.training.cost import estimate_autoencoder
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.step import take_step

@@ -17,7 +17,7 @@ from pyramid_ldm.data.images import (
     to_tensor,
     to_uint8,
 )
-from pyramid_ldm.data.scenes import render_landscape
+from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.errors import UserError
 
 

@@ -11,12 +11,13 @@ from test_training import AE_CONFIG, FLOW_CONFIG
 from pyramid_ldm.cli import main
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config, save_config
 from pyramid_ldm.files import read_json, sealed, write_json
+from pyramid_ldm.info import budget
+from pyramid_ldm.info.budget import find_autoencoder, load_training
+from pyramid_ldm.info.cost import FlowCost, Use
 from pyramid_ldm.pipeline import PyramidPipeline
 from pyramid_ldm.pyramid import LatentScaling, Level
-from pyramid_ldm.training import autoencoder_state, budget, flow_state
-from pyramid_ldm.training.budget import find_autoencoder, load_training
+from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.checkpoint import save_checkpoint
-from pyramid_ldm.training.cost import FlowCost, Use
 from pyramid_ldm.training.run import describe_start
 
 

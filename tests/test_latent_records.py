@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from conftest import CPU, OPTIONS, WIDTH
 
+from pyramid_ldm import encode as encoding
 from pyramid_ldm.data.latents import LatentRecords, collate_latents
 from pyramid_ldm.data.order import item_at
 from pyramid_ldm.data.photographs import load_pixels
 from pyramid_ldm.data.shards import LatentCache
+from pyramid_ldm.encode import encode
 from pyramid_ldm.randomness import generator
-from pyramid_ldm.training import encode as encoding
-from pyramid_ldm.training.encode import encode
 
 
 def test_items_depend_on_seed_and_position_alone(finished):

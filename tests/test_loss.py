@@ -7,9 +7,9 @@ import torch
 from conftest import randomise, tiny_autoencoder
 from torch import nn
 
-from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator, hinge_loss
-from pyramid_ldm.autoencoder.loss import AutoencoderLoss, discriminator_learns, gan_factor
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.discriminator import PatchDiscriminator, hinge_loss
+from pyramid_ldm.autoencoders.pyramid.loss import AutoencoderLoss, discriminator_learns, gan_factor
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.config.autoencoder import GanConfig, LossConfig, PerceptualConfig
 
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from pyramid_ldm.data.images import to_tensor
-from pyramid_ldm.data.scenes import render_landscape
+from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.evaluation.frechet import Moments, frechet_distance, kernel_distance
 from pyramid_ldm.evaluation.metrics import psnr, ssim
 

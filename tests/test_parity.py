@@ -6,7 +6,7 @@ from conftest import randomise
 from torch import nn
 
 from pyramid_ldm.config import FlowConfig
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.pyramid import Level
 
 WIDTHS = [64, 128, 128]

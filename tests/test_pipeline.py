@@ -7,10 +7,10 @@ import torch
 from conftest import randomise, tiny_autoencoder, tiny_flow
 
 from pyramid_ldm import PyramidPipeline
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.pipeline import SolverOptions
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
 
 

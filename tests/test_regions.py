@@ -7,8 +7,8 @@ import torch
 from conftest import randomise, tiny_autoencoder
 from torch.utils.flop_counter import FlopCounterMode
 
-from pyramid_ldm.autoencoder.regions import Regions, plan
-from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.autoencoders.pyramid.regions import Regions, plan
+from pyramid_ldm.info.memory import PeakMemory
 
 CONFIGS = {
     "attention below factor 8": {"levels": ((32, 6), (16, 4)), "attention__max_tokens": 32},

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from pyramid_ldm.evaluation.report import (
+from pyramid_ldm.demo.report import (
     COLOURS,
     PLOT_BOTTOM,
     PLOT_LEFT,

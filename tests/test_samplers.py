@@ -6,8 +6,8 @@ import torch
 from scipy.integrate import solve_ivp
 
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.flow import dormand_prince
-from pyramid_ldm.flow.samplers import dopri5, euler, rk45
+from pyramid_ldm.processes import rk45 as dormand_prince
+from pyramid_ldm.processes.solvers import dopri5, euler, rk45
 from pyramid_ldm.pyramid import flatten
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from pyramid_ldm.data.scene import Scene
-from pyramid_ldm.data.scenes import render_landscape
+from pyramid_ldm.demo.scene import Scene
+from pyramid_ldm.demo.scenes import render_landscape
 
 
 def small(index: int, seed: int = 0) -> np.ndarray:

@@ -12,16 +12,16 @@ import torch
 from conftest import CPU, OPTIONS, SIZES, WIDTH, lively_autoencoder
 from safetensors.torch import load_file
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.latents import LatentRecords
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.data.shards import LatentCache, split_record, write_shard
+from pyramid_ldm.encode import EncodeOptions, encode
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.ownership import claim
 from pyramid_ldm.pyramid import LatentScaling
 from pyramid_ldm.randomness import uniform
-from pyramid_ldm.training.encode import EncodeOptions, encode
 from pyramid_ldm.training.runtime import Runtime
 
 
@@ -245,7 +245,7 @@ def test_two_processes_share_the_shards(finished, autoencoder_directory, photogr
         writers.setdefault(number, []).append(threading.get_ident())
         write_shard(directory, number, *rest)
 
-    monkeypatch.setattr("pyramid_ldm.training.encode.write_shard", record)
+    monkeypatch.setattr("pyramid_ldm.encode.write_shard", record)
 
     def work(rank):
         encode(autoencoder_directory, photographs, out, OPTIONS, Side(torch.device("cpu"), False, rank, 2))

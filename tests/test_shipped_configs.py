@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 
 ROOT = Path(__file__).parent.parent
 PAPER = ("lsun_bedrooms_256", "lsun_churches_256", "celebahq_1024", "people2k", "scapes2k")

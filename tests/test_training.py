@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.cli import main
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.photographs import Preprocessing
@@ -348,8 +348,8 @@ def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, pho
     from pyramid_ldm.data.latents import LatentRecords, collate_latents
     from pyramid_ldm.data.photographs import load_crop
     from pyramid_ldm.data.shards import LatentCache
-    from pyramid_ldm.flow.rectified_flow import RectifiedFlow
     from pyramid_ldm.pipeline import PyramidPipeline
+    from pyramid_ldm.processes.rectified_flow import RectifiedFlow
     from pyramid_ldm.pyramid import unflatten
 
     run("encode", home / "ae", "--data", photographs, "--out", tmp_path / "z", "--workers", 0, "--dtype", "float32",

@@ -22,7 +22,7 @@ from experiments.rows import Row, Task
 from experiments.tables import draw_curves, markdown, spread
 from experiments.unseen import bicubic_figures
 
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.files import write_text
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from experiments.rows import Row, Task
 from experiments.tables import Result, draw_curves, markdown
 from experiments.unseen import Figures, Unseen, bicubic_figures
 
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.data.folder import find_images
 from pyramid_ldm.files import write_text
 

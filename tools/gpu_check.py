@@ -200,7 +200,7 @@ def draw(check: Check, args: argparse.Namespace, minute: float) -> None:
 
 def scenes(args: argparse.Namespace) -> None:
     """Photographs to train on."""
-    from pyramid_ldm.evaluation.demo import render_photographs
+    from pyramid_ldm.demo.pictures import render_photographs
 
     render_photographs(args.work / "photos", *((8, (64, 128)) if args.quick else (48, (1024, 2048))))
 

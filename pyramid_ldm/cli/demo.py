@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> bool:
     """Whether it reached its end."""
     from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
-    from pyramid_ldm.evaluation.demo import make_pictures, render_photographs
+    from pyramid_ldm.demo.pictures import make_pictures, render_photographs
     from pyramid_ldm.ownership import claim
 
     claim(arguments.out, "demo", "--out")

@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
+    from pyramid_ldm.encode import EncodeOptions, encode, say, trained_on
     from pyramid_ldm.errors import UserError
-    from pyramid_ldm.training.encode import EncodeOptions, encode, say, trained_on
     from pyramid_ldm.training.runtime import start
 
     if arguments.zoom > 1 and not arguments.crops:

@@ -33,13 +33,13 @@ def run(arguments: argparse.Namespace) -> bool:
     if not arguments.cost:
         if arguments.overrides or arguments.autoencoder:
             raise UserError("key=value and --autoencoder are for --cost")
-        from pyramid_ldm.training.inspect import describe
+        from pyramid_ldm.info.inspect import describe
 
         print(describe(folder(arguments.path)))
         return True
 
     from pyramid_ldm.config import AutoencoderTraining
-    from pyramid_ldm.training.budget import find_autoencoder, load_training, report_autoencoder, report_flow
+    from pyramid_ldm.info.budget import find_autoencoder, load_training, report_autoencoder, report_flow
     from pyramid_ldm.training.runtime import Runtime, choose_device, use_bf16
 
     config = load_training(config_file(arguments.path), arguments.overrides)

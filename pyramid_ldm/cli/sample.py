@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
-    from pyramid_ldm.evaluation.sampling import finish_folder, refuse_other_settings, sample_to_folder, settings_of
     from pyramid_ldm.ownership import claim, held, keep_apart
     from pyramid_ldm.pipeline import PyramidPipeline
+    from pyramid_ldm.sample import finish_folder, refuse_other_settings, sample_to_folder, settings_of
     from pyramid_ldm.training.runtime import start
 
     options = solver_options(arguments)

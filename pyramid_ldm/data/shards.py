@@ -27,6 +27,7 @@ from pyramid_ldm.pyramid import LatentScaling, Pyramid, unflatten
 
 FORMAT = 2
 INDEX = "index.json"
+AUTOENCODER = "autoencoder"  # what made the latents, beside them
 DTYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 MOST_HEADER = 2**20  # bytes; ours are a hundred
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.data.folder import ImageFile, list_images
 from pyramid_ldm.data.images import image_size
 from pyramid_ldm.data.shards import INDEX
@@ -29,12 +29,12 @@ from pyramid_ldm.evaluation.reference import (
     round_trip,
     sample_features,
 )
-from pyramid_ldm.evaluation.sampling import OWN, SAMPLES
 from pyramid_ldm.files import read_lines, sha256, write_json
 from pyramid_ldm.ownership import claim_file, keep_apart
 from pyramid_ldm.pictures import read_record
 from pyramid_ldm.pipeline import MANIFEST, PyramidPipeline, SolverOptions
 from pyramid_ldm.pyramid import latent_values
+from pyramid_ldm.sample import OWN, SAMPLES
 
 Figures = dict[str, float]  # psnr, ssim, lpips; with Inception also rfid, rkid
 Metric = Callable[[Tensor, Tensor], Tensor | float]  # LPIPS of (1, 3, H, W) and its target

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.data.folder import find_images
 from pyramid_ldm.data.images import UnreadableImage
 from pyramid_ldm.data.photographs import load_crop

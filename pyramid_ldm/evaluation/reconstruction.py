@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.data.images import UnreadableImage, to_pil
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError

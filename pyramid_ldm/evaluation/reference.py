@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.data.folder import ImageFile, scan, split_held_out, too_many_bad
 from pyramid_ldm.data.images import UnreadableImage, to_tensor
 from pyramid_ldm.data.photographs import load_crop

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator, hinge_loss
-from pyramid_ldm.autoencoder.loss import AutoencoderLoss, discriminator_learns
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
-from pyramid_ldm.autoencoder.regions import Regions
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.discriminator import PatchDiscriminator, hinge_loss
+from pyramid_ldm.autoencoders.pyramid.loss import AutoencoderLoss, discriminator_learns
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
 from pyramid_ldm.data.photographs import (
     ImageBatch,

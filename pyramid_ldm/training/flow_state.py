@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from pyramid_ldm.config.flow import FlowTraining, RectifiedFlowConfig
 from pyramid_ldm.data.latents import LatentBatch
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.pyramid import LatentScaling, unflatten
 from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.log import Metrics

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.loss import discriminator_learns
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.loss import discriminator_learns
 from pyramid_ldm.config.autoencoder import AutoencoderTraining
 from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
 from pyramid_ldm.data.loading import load_batches

@@ -7,21 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.latents import LatentRecords, collate_latents
 from pyramid_ldm.data.loading import load_batches
 from pyramid_ldm.data.order import PositionSampler
-from pyramid_ldm.data.shards import LatentCache
+from pyramid_ldm.data.shards import AUTOENCODER, LatentCache
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.figures import grid
-from pyramid_ldm.flow.rectified_flow import RectifiedFlow
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.ownership import replace_directory
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.pyramid import level_shapes, unflatten
 from pyramid_ldm.training.checkpoint import load_newest, prune, save_checkpoint
-from pyramid_ldm.training.encode import AUTOENCODER
 from pyramid_ldm.training.flow_state import State, accumulate, build_flow, build_state, named_levels
 from pyramid_ldm.training.log import RunLog
 from pyramid_ldm.training.run import open_run, record_start, refuse_other_step

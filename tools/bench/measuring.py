@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.results import Figures
 from bench.settings import Settings, Unavailable
-from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.info.memory import PeakMemory
 from pyramid_ldm.nn.layers import cast_to_bfloat16
 
 SHORTEST = 1.0  # seconds of timed runs at least, where the budget allows

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoder.encoder import INITIAL_LOG_VARIANCE
-from pyramid_ldm.autoencoder.regions import Regions
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.encoder import INITIAL_LOG_VARIANCE
+from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.config import AutoencoderConfig
 from pyramid_ldm.pyramid import Pyramid
 

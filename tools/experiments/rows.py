@@ -12,13 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.latents import crops, latent_statistics
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, load_config
 from pyramid_ldm.config.base import to_yaml
 from pyramid_ldm.data.photographs import ImageBatch
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import write_text
-from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.info.memory import PeakMemory
 from pyramid_ldm.pyramid import latent_values, level_shapes
 from pyramid_ldm.serialization import load_model
 from pyramid_ldm.training.autoencoder_state import Build, accumulate, build_state

@@ -12,7 +12,7 @@ from torch import Tensor
 from experiments.latents import crops
 from experiments.rows import FIGURES, Task
 from experiments.tables import spread
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining
 from pyramid_ldm.data.folder import find_images, fingerprint, split_held_out
 from pyramid_ldm.data.photographs import Preprocessing, crops_to_examine

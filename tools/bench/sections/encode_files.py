@@ -19,10 +19,10 @@ from bench.settings import Item, Settings
 from bench.tables import IMAGES, PEAK, RSS, TIME, Column, times
 from pyramid_ldm.data.folder import scan
 from pyramid_ldm.data.photographs import load_crop
-from pyramid_ldm.data.scenes import render_landscape
+from pyramid_ldm.demo.scenes import render_landscape
+from pyramid_ldm.encode import EncodeOptions, Encoding, view_batches
 from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.ownership import claim
-from pyramid_ldm.training.encode import EncodeOptions, Encoding, view_batches
 from pyramid_ldm.training.runtime import Runtime
 
 CONFIG, COUNT = "people2k", 16

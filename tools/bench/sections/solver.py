@@ -14,7 +14,7 @@ from bench.results import Figures
 from bench.section import Section
 from bench.settings import Item, Settings
 from bench.tables import TIME, Column, significant
-from pyramid_ldm.flow.samplers import euler, rk45
+from pyramid_ldm.processes.solvers import euler, rk45
 from pyramid_ldm.pyramid import Pyramid, flatten, pyramid_noise, unflatten
 
 BATCH, STEPS, EPS, TOLERANCE = 8, 100, 1e-3, 1e-5

@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pyramid_ldm.autoencoder.decoder import PyramidDecoder
-from pyramid_ldm.autoencoder.encoder import PyramidEncoder
-from pyramid_ldm.autoencoder.posterior import DiagonalGaussian
-from pyramid_ldm.autoencoder.regions import Region, Regions
+from pyramid_ldm.autoencoders.posterior import DiagonalGaussian
+from pyramid_ldm.autoencoders.pyramid.decoder import PyramidDecoder
+from pyramid_ldm.autoencoders.pyramid.encoder import PyramidEncoder
+from pyramid_ldm.autoencoders.pyramid.regions import Region, Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig
 from pyramid_ldm.nn.spectral import full_precision
 from pyramid_ldm.pyramid import Pyramid, compression_ratio, level_shapes

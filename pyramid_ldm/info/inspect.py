@@ -11,15 +11,11 @@ from typing import Any
 import torch
 
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, load_saved
-from pyramid_ldm.data.shards import INDEX, LatentCache
+from pyramid_ldm.data.shards import AUTOENCODER, INDEX, LatentCache
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json
-from pyramid_ldm.ownership import read_whole
-from pyramid_ldm.pipeline import MANIFEST
-from pyramid_ldm.pyramid import compression_ratio
-from pyramid_ldm.training.budget import describe_latents, flops, gib, kind_of_config, load_training, millions, table
-from pyramid_ldm.training.checkpoint import checkpoint_directories, find_fault
-from pyramid_ldm.training.cost import (
+from pyramid_ldm.info.budget import describe_latents, flops, gib, kind_of_config, load_training, millions, table
+from pyramid_ldm.info.cost import (
     build_autoencoder,
     build_flow,
     count,
@@ -28,7 +24,10 @@ from pyramid_ldm.training.cost import (
     measure_evaluation,
     without_values,
 )
-from pyramid_ldm.training.encode import AUTOENCODER
+from pyramid_ldm.ownership import read_whole
+from pyramid_ldm.pipeline import MANIFEST
+from pyramid_ldm.pyramid import compression_ratio
+from pyramid_ldm.training.checkpoint import checkpoint_directories, find_fault
 from pyramid_ldm.training.runtime import Runtime
 
 FP32 = Runtime(torch.device("cpu"), False)

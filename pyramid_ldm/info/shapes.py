@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from pyramid_ldm.memory import Watch
+from pyramid_ldm.info.memory import Watch
 
 aten = torch.ops.aten
 LARGE = 1 << 28  # bytes that a system may refuse to promise, although nobody will touch them

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pyramid_ldm.data.noise import Array, fractal_noise
-from pyramid_ldm.data.scene import Clouds, Range, Scene
+from pyramid_ldm.demo.noise import Array, fractal_noise
+from pyramid_ldm.demo.scene import Clouds, Range, Scene
 
 
 def render_landscape(index: int, height: int, width: int, *, seed: int = 0) -> NDArray[np.uint8]:

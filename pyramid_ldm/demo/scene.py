@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyramid_ldm.data.noise import Array
+from pyramid_ldm.demo.noise import Array
 
 # Sun elevation at each palette key: night, blue hour, dusk or dawn, golden hour, day.
 _KEY_ELEVATIONS = (-1.0, -0.5, 0.0, 0.35, 1.0)

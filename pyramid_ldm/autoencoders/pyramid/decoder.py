@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyramid_ldm.autoencoder.regions import Regions, Step, plan
+from pyramid_ldm.autoencoders.pyramid.regions import Regions, Step, plan
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import build_norm, conv2d, dropout_schedule, float32_conv2d
 from pyramid_ldm.nn.pixel_norm import norm_silu

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.flow import dormand_prince
-from pyramid_ldm.flow.rectified_flow import Velocity
+from pyramid_ldm.processes import rk45 as dormand_prince
+from pyramid_ldm.processes.rectified_flow import Velocity
 from pyramid_ldm.pyramid import Pyramid, flatten, unflatten
 
 Progress = Callable[[int, float], None]  # (evaluations so far, t)

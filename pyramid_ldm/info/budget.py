@@ -16,11 +16,11 @@ from pyramid_ldm.config import (
     load_saved,
 )
 from pyramid_ldm.config.base import read_yaml
+from pyramid_ldm.data.shards import AUTOENCODER
 from pyramid_ldm.errors import UserError
+from pyramid_ldm.info.cost import BATCH, cache_bytes, estimate_autoencoder, estimate_flow
 from pyramid_ldm.pyramid import compression_ratio, level_shapes
 from pyramid_ldm.serialization import read_model
-from pyramid_ldm.training.cost import BATCH, cache_bytes, estimate_autoencoder, estimate_flow
-from pyramid_ldm.training.encode import AUTOENCODER
 from pyramid_ldm.training.runtime import Runtime
 
 MARGIN = 1.2  # what kernels and allocators add to tensors: a measured step of scapes2k's flow, 7.35 GiB for 5.57

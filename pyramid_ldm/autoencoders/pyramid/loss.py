@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyramid_ldm.autoencoder.autoencoder import AutoencoderOutput
-from pyramid_ldm.autoencoder.discriminator import PatchDiscriminator
-from pyramid_ldm.autoencoder.perceptual import PerceptualLoss
+from pyramid_ldm.autoencoders.pyramid.autoencoder import AutoencoderOutput
+from pyramid_ldm.autoencoders.pyramid.discriminator import PatchDiscriminator
+from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.config.autoencoder import GanConfig, LossConfig
 
 

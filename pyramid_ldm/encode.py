@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderTraining, load_saved
 from pyramid_ldm.config.autoencoder import ImageDataConfig
 from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
@@ -18,14 +18,22 @@ from pyramid_ldm.data.latents import make_record
 from pyramid_ldm.data.loading import Travelling, load_batches
 from pyramid_ldm.data.photographs import BadFile, Preprocessing, load_pixels
 from pyramid_ldm.data.plan import Plan, Row
-from pyramid_ldm.data.shards import INDEX, check_plan, count_missing, has_shard, read_index, write_index, write_shard
+from pyramid_ldm.data.shards import (
+    AUTOENCODER,
+    INDEX,
+    check_plan,
+    count_missing,
+    has_shard,
+    read_index,
+    write_index,
+    write_shard,
+)
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.files import append_line, read_lines
 from pyramid_ldm.ownership import claim, delete_file, held, keep_apart, replace_directory
 from pyramid_ldm.training.runtime import Runtime
 
-AUTOENCODER = "autoencoder"
 UNREADABLE = "unreadable.jsonl"  # what turned out to be no image, so that removing it makes no other cache
 
 

@@ -1,7 +1,7 @@
 """What a training config will cost, before anyone trains: parameters, FLOPs, memory, cache size.
 
-The real training step runs once on tensors without values (`pyramid_ldm.shapes`): it takes seconds and no memory, and
-every tensor that a real step on a CPU makes is counted, gradient checkpointing included.
+The real training step runs once on tensors without values (`pyramid_ldm.info.shapes`): it takes seconds and no memory,
+and every tensor that a real step on a CPU makes is counted, gradient checkpointing included.
 """
 
 import contextlib
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from pyramid_ldm.autoencoder.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, FlowTraining
 from pyramid_ldm.data.latents import LatentBatch
 from pyramid_ldm.data.photographs import ImageBatch
-from pyramid_ldm.flow.ncsnpp import PyramidNCSNpp
-from pyramid_ldm.memory import PeakMemory
+from pyramid_ldm.info.memory import PeakMemory
+from pyramid_ldm.info.shapes import Shapes
+from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.nn import pixel_norm, spectral
 from pyramid_ldm.nn.layers import fold_spectral_norm
 from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, Pyramid, latent_values, level_shapes
-from pyramid_ldm.shapes import Shapes
 from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime

@@ -1,1 +1,0 @@
-"""Stage one: the pyramid autoencoder and its loss."""

@@ -1,0 +1,1 @@
+"""Stage one: images to latent pyramids and back."""

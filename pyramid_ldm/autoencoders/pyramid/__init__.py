@@ -1,0 +1,1 @@
+"""The learned pyramid autoencoder (PDM section 3.2)."""

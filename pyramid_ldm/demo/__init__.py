@@ -1,0 +1,1 @@
+"""The built-in landscapes, and the pictures and the page that the demo leaves."""

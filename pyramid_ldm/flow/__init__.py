@@ -1,1 +1,0 @@
-"""Stage two: rectified flow, the pyramid NCSN++ and the samplers."""

@@ -1,0 +1,1 @@
+"""What a thing is, and what a config costs."""

@@ -1,0 +1,1 @@
+"""What a process asks: noisy pyramids to predictions."""

@@ -1,0 +1,1 @@
+"""All that knows time: processes between noise and data, and their solvers."""
