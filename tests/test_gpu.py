@@ -157,7 +157,7 @@ def test_training_steps_in_bf16_are_finite_and_move_weights_and_averages(number,
     if number == 1:
         averaged = trained.state.ema.export(trained.network, trained.config.ema.export)
         with torch.no_grad(), trained.runtime.autocast():
-            image = averaged.decode(averaged.encode(trained.batch.images.to(device)).mode())
+            image = averaged.decode(averaged.encode(trained.batch.images(device)).mode())
         assert image.isfinite().all()
         assert {"l1", "lpips", "generator", "disc", "gan_weight", "kl"} <= terms.keys()
 

@@ -36,7 +36,7 @@ def measure_item(item: Item, settings: Settings) -> Figures:
     device = torch.device(settings.device)
     shapes = ours.latent_shapes("people2k", settings)
     noise = tuple(z.to(device) for z in pyramid_noise(shapes, 0, "noise", list(range(BATCH))))
-    field = tuple(torch.randn_like(z) for z in noise)
+    field = tuple(torch.randn_like(z[:1]) for z in noise)  # one for all, however many rows are not at the end yet
     count = [0]
 
     def velocity(latents: Pyramid, t: Tensor) -> Pyramid:
