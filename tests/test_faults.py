@@ -258,14 +258,14 @@ def test_bad_files_are_counted_by_content_wherever_they_lie(photos, tmp_path, tr
     training = split_held_out(find_images(photos), 0.1)[0]
     for file in training[:2]:
         cut(Path(file.path))
-    assert train(photos, "train.images=32")[0] == 0
-    code, error = train(photos, run="halves")
+    assert train(photos, "train.images=20")[0] == 0
+    code, error = train(photos, "train.images=12", run="halves")
     assert code == 0
     assert error.count("skipped ") == 2
     moved = photos.rename(tmp_path / "elsewhere")
     for file in training[:2]:
         (moved / Path(file.path).name).unlink()
-    code, error = train(moved, "train.images=32", run="halves")
+    code, error = train(moved, "train.images=20", run="halves")
     assert code == 0, error
     assert "skipped" not in error
     a, b = (model_of(tmp_path / run) for run in ("ae", "halves"))

@@ -317,11 +317,11 @@ def test_a_damaged_newest_checkpoint_falls_back(home, photographs, tmp_path):
 
 
 def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path):
-    """12 images, then to 24; and on to 27, which is not a whole number of steps. Two random regions of each."""
+    """8 images, then to 16; and on to 19, which is not a whole number of steps. Two random regions of each."""
     settings = (
         "model.latent=vq",
         "model.codebook_size=16",
-        "loss.codebook_restart=8",
+        "loss.codebook_restart=4",
         "data.crop=random",
         "data.zoom=1.5",
         "data.workers=2",
@@ -333,14 +333,14 @@ def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path)
         f"data.root={photographs}",
     )
     for name in ("whole", "parts"):
-        for images in (24,) if name == "whole" else (12, 24):
+        for images in (16,) if name == "whole" else (8, 16):
             run("train-ae", home / "ae.yaml", *settings, f"train.images={images}", f"run_dir={tmp_path / name}")
     assert_equal(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
     for key in ("codebook_perplexity_2x2", "codebook_usage_4x4", "loss"):
         assert logged(tmp_path / "whole", key) == logged(tmp_path / "parts", key)
     assert sum(logged(tmp_path / "whole", "codebook_revived").values()) > 0
-    run("train-ae", home / "ae.yaml", *settings, "train.images=27", f"run_dir={tmp_path / 'whole'}")
-    assert state_of(tmp_path / "whole")["images_seen"] == 28
+    run("train-ae", home / "ae.yaml", *settings, "train.images=19", f"run_dir={tmp_path / 'whole'}")
+    assert state_of(tmp_path / "whole")["images_seen"] == 20
 
 
 def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, photographs, tmp_path):
@@ -462,7 +462,7 @@ def test_figures_are_of_the_whole_share_and_of_as_many_training_images(home, pho
 def test_a_flow_goes_on_with_its_own_latents_and_scale_alone(home, photographs, tmp_path):
     """Another cache has another scale, or trains on what was held out: it is the run's state that counts."""
     run("encode", home / "ae", "--data", photographs, "--out", tmp_path / "other", "--workers", 0, "--validation", 0.4)
-    settings = ("train.images=16", f"run_dir={tmp_path / 'flow'}")
+    settings = ("train.images=8", f"run_dir={tmp_path / 'flow'}")
     run("train-flow", home / "flow.yaml", f"data.shards={home / 'latents'}", *settings)
     before = state_of(tmp_path / "flow")["scaling"]
     refused = run("train-flow", home / "flow.yaml", f"data.shards={tmp_path / 'other'}", *settings, code=2)
@@ -472,7 +472,7 @@ def test_a_flow_goes_on_with_its_own_latents_and_scale_alone(home, photographs, 
     for level in index["statistics"]:
         level["std"] *= 3  # as if they were estimated anew, otherwise
     write_json(tmp_path / "moved/index.json", sealed(index))
-    run("train-flow", home / "flow.yaml", f"data.shards={tmp_path / 'moved'}", *settings, "train.images=24")
+    run("train-flow", home / "flow.yaml", f"data.shards={tmp_path / 'moved'}", *settings, "train.images=12")
     assert state_of(tmp_path / "flow")["scaling"] == before
     manifest = json.loads((tmp_path / "flow/model/pipeline.json").read_text())
     assert manifest["scaling"] == before
