@@ -271,6 +271,13 @@ def test_rules_of_the_levels(refusal, levels, fault):
         FlowConfig().resolve([32, 64], [Level(f, c) for f, c in levels])
 
 
+def test_a_level_without_channels_is_named_where_it_was_given(refusal):
+    message = refusal("model.levels=[{factor: 16}]")
+    assert message.startswith(
+        "model.levels=[{factor: 16}]: model.levels is not whole: model.levels[0].channels is not set"
+    )
+
+
 @pytest.mark.parametrize("config", [tiny_autoencoder_config(), tiny_flow_config()], ids=["autoencoder", "flow"])
 def test_a_saved_model_config_loads_equal(tmp_path, config):
     save_config(config, tmp_path / "config.yaml")

@@ -131,6 +131,8 @@ def build(schema: type[T], sources: Sequence[tuple[str, Tree]]) -> T:
             raise UserError(f"{origin}: {_located(error)}") from None
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
+        if missing and "[" in missing[0]:  # of an entry of a list, which is given whole
+            raise UserError(f"{missing[0].partition('[')[0]} is not whole: {missing[0]} is not set")
         if missing:
             raise UserError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
         result = OmegaConf.to_object(merged)
