@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.load import load_autoencoder
+from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.config import AutoencoderTraining, load_saved
 from pyramid_ldm.config.autoencoder import ImageDataConfig
+from pyramid_ldm.data.batch import BadFile, Batch
 from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
-from pyramid_ldm.data.images import UnreadableImage, normalise
+from pyramid_ldm.data.images import UnreadableImage
 from pyramid_ldm.data.latents import make_record
-from pyramid_ldm.data.loading import Travelling, load_batches
-from pyramid_ldm.data.photographs import BadFile, Preprocessing, load_pixels
+from pyramid_ldm.data.loading import load_batches
+from pyramid_ldm.data.photographs import Preprocessing, load_pixels
 from pyramid_ldm.data.plan import Plan, Row
 from pyramid_ldm.data.shards import (
     AUTOENCODER,
@@ -47,19 +49,6 @@ class View:
     split: str
 
 
-@dataclass
-class ViewBatch(Travelling):
-    """Views that could be read, and those that could not."""
-
-    pixels: Tensor  # (B, H, W, 3) uint8
-    indices: list[int]  # of the views in `pixels`
-    bad: list[BadFile]
-
-    def images(self, device: torch.device) -> Tensor:
-        """(B, 3, H, W) float32 in [-1, 1], channels last, on `device`."""
-        return normalise(self.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
-
-
 class Views(Dataset[tuple[Tensor | BadFile, int]]):
     """Views as pixels (3, H, W) uint8; an unreadable file gives what is wrong with it instead."""
 
@@ -86,20 +75,20 @@ class Views(Dataset[tuple[Tensor | BadFile, int]]):
         return (pixels.flip(-1) if view.mirrored else pixels), index
 
 
-def collate_views(items: list[tuple[Tensor | BadFile, int]]) -> ViewBatch:
-    """Items of `Views` to one batch, which may hold no pixels."""
+def collate_views(items: list[tuple[Tensor | BadFile, int]]) -> Batch:
+    """Items of `Views` to one batch, the indices of the readable ones as its positions; it may hold no pixels."""
     good = [(pixels, index) for pixels, index in items if isinstance(pixels, Tensor)]
     stacked = [pixels.permute(1, 2, 0) for pixels, _ in good]
-    return ViewBatch(
-        torch.stack(stacked) if stacked else torch.empty(0, 1, 1, 3, dtype=torch.uint8),
+    return Batch(
         [index for _, index in good],
-        [bad for bad, _ in items if isinstance(bad, BadFile)],
+        pixels=torch.stack(stacked) if stacked else None,
+        bad=[bad for bad, _ in items if isinstance(bad, BadFile)],
     )
 
 
 def view_batches(
     views: Sequence[View], plan: Plan, indices: Sequence[int], options: "EncodeOptions"
-) -> Iterator[ViewBatch]:
+) -> Iterator[Batch]:
     """The views of these indices, in order."""
     size = options.batch_size
     parts = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
@@ -131,9 +120,9 @@ def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions,
     done by then stays, and the same command goes on.
     """
     keep_apart(out, "--out", {"AE_RUN": autoencoder_run, "--data": data})
-    autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run)
+    autoencoder = load_autoencoder(autoencoder_run)
     folder: Folder = runtime.first(lambda: scan(data))
-    size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
+    size = autoencoder.image_size[0], autoencoder.image_size[1]
     files, notes = folder.large_enough(size, options.upscale)
     if runtime.main:
         claim(out, "shards", "--out")
@@ -154,7 +143,7 @@ class Encoding:
 
     def __init__(
         self,
-        autoencoder: PyramidAutoencoder,
+        autoencoder: Autoencoder,
         files: list[ImageFile],
         folder: Folder,
         options: EncodeOptions,
@@ -224,13 +213,13 @@ class Encoding:
         for batch in view_batches(views, plan, todo, self.options):
             for bad in batch.bad:
                 self.report(bad, progress)
-            if batch.indices:
+            if batch.positions:
                 with self.runtime.autocast():
                     posterior = self.autoencoder.encode(batch.images(self.runtime.device))
                 records.append(make_record(posterior.mean, posterior.log_variance, plan.dtype))
-                chosen = [views[i] for i in batch.indices]
+                chosen = [views[i] for i in batch.positions]
                 rows += [Row(view.file.digest, view.mirrored, view.crop, view.split) for view in chosen]
-                progress.advance(len(batch.indices))
+                progress.advance(len(batch.positions))
         none = torch.empty(0, plan.record_length(), dtype=getattr(torch, plan.dtype))
         digests = {view.file.digest for view in views}
         missing, gone = ({d: m for d, m in found.items() if d in digests} for found in (self.bad, self.gone))
@@ -258,19 +247,16 @@ class Encoding:
             raise error
 
 
-def make_plan(
-    autoencoder: PyramidAutoencoder, files: Sequence[ImageFile], options: EncodeOptions, runtime: Runtime
-) -> Plan:
+def make_plan(autoencoder: Autoencoder, files: Sequence[ImageFile], options: EncodeOptions, runtime: Runtime) -> Plan:
     """What this cache will be."""
     if options.dtype not in ("float16", "float32"):
         raise UserError(f"--dtype {options.dtype}: choose float16 or float32")
-    config = autoencoder.config
     return Plan(
         autoencoder=autoencoder.fingerprint(),
         data=fingerprint(files),
-        image_size=list(config.image_size),
+        image_size=list(autoencoder.image_size),
         levels=autoencoder.levels,
-        has_variance=config.latent == "kl",
+        has_variance=autoencoder.has_variance,
         dtype=options.dtype,
         precision="bf16" if runtime.bf16 else "fp32",
         crops=options.crops,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.randomness import normal
+from pyramid_ldm.randomness import generator, normal
 
 Pyramid = tuple[Tensor, ...]
 Shape = tuple[int, int, int]
@@ -63,6 +63,52 @@ def unflatten(flat: Tensor, shapes: Sequence[Shape]) -> Pyramid:
     if flat.shape[1] != sum(sizes):
         raise ValueError(f"{flat.shape[1]} values a sample, but the levels {list(shapes)} hold {sum(sizes)}")
     return tuple(part.unflatten(1, shape) for part, shape in zip(flat.split(sizes, dim=1), shapes, strict=True))
+
+
+def flat_noise(
+    shapes: Sequence[Shape], seed: int, purpose: str, indices: Sequence[int], device: torch.device | str = "cpu"
+) -> Pyramid:
+    """Independent standard normal noise for each sample and level, (B, C, H, W) a level, drawn on `device`, all levels
+    of a sample at once; sample k depends on (seed, purpose, indices[k]) and the kind of device alone."""
+    width = sum(math.prod(shape) for shape in shapes)
+    rows = [
+        torch.randn(width, generator=generator(seed, purpose, index, device=device), device=device) for index in indices
+    ]
+    return unflatten(torch.stack(rows), shapes)
+
+
+def sinc_shared(noise: Pyramid) -> Pyramid:
+    """The finest level's noise at every level: low-passed to a coarser one's band, of unit deviation and white in it
+    (Layered Diffusion, section 3.2; interpolated noise would be fainter, and not white).
+
+    Raises ValueError where levels differ in channels.
+    """
+    finest = noise[-1]
+    if any(level.shape[1] != finest.shape[1] for level in noise):
+        raise ValueError(f"levels of {[level.shape[1] for level in noise]} channels cannot share their noise")
+    return (*(low_pass(finest, level.shape[-2], level.shape[-1]) for level in noise[:-1]), finest)
+
+
+def low_pass(image: Tensor, height: int, width: int) -> Tensor:
+    """(B, C, H, W) -> (B, C, height, width): the lowest frequencies, scaled so that white noise keeps its deviation."""
+    spectrum = torch.fft.fft2(image.float(), norm="ortho")
+    for axis, size in ((-2, height), (-1, width)):
+        spectrum = _crop_spectrum(spectrum, axis, size)
+    return torch.fft.ifft2(spectrum, norm="ortho").real
+
+
+def _crop_spectrum(spectrum: Tensor, axis: int, size: int) -> Tensor:
+    count = spectrum.shape[axis]
+    if size == count:
+        return spectrum
+    half = (size - 1) // 2
+    parts = [spectrum.narrow(axis, 0, half + 1), spectrum.narrow(axis, count - half, half)]
+    if (
+        size % 2 == 0
+    ):  # both frequencies that meet at half the new rate: their sum is symmetric, and keeps its deviation
+        edge = spectrum.narrow(axis, half + 1, 1) + spectrum.narrow(axis, count - half - 1, 1)
+        parts.insert(1, edge / math.sqrt(2))
+    return torch.cat(parts, dim=axis)
 
 
 def pyramid_noise(shapes: Sequence[Shape], seed: int, purpose: str, indices: Sequence[int]) -> Pyramid:

@@ -13,9 +13,9 @@ def derive_seed(seed: int, purpose: str, *index: int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
-    """A fresh CPU generator seeded by `derive_seed`."""
-    return torch.Generator().manual_seed(derive_seed(seed, purpose, *index))
+def generator(seed: int, purpose: str, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh generator seeded by `derive_seed`."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose, *index))
 
 
 def normal(shape: tuple[int, ...], seed: int, purpose: str, *index: int) -> Tensor:

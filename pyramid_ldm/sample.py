@@ -14,7 +14,8 @@ from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.files import append_line, write_text
 from pyramid_ldm.ownership import mark, marker_of
 from pyramid_ldm.pictures import is_whole, read_record, write_png
-from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+from pyramid_ldm.pipeline import PyramidPipeline
+from pyramid_ldm.processes.solvers import SolverOptions
 
 GRID_IMAGES = 64
 SAMPLES = "samples.jsonl"
@@ -24,7 +25,7 @@ OWN = ("file", "seed", "index", "nfe", "seconds")
 
 def settings_of(pipeline: PyramidPipeline, options: SolverOptions, bf16: bool) -> dict[str, Any]:
     """What all pictures of a folder have in common: networks and solver."""
-    height, width = pipeline.autoencoder.config.image_size
+    height, width = pipeline.autoencoder.image_size
     return {
         "checkpoint": pipeline.checkpoint,
         **options.record(bf16),
@@ -64,11 +65,10 @@ def sample_to_folder(
     """
     settings = settings_of(pipeline, options, bf16)
     todo = [index for index in indices if not is_drawn(out, seed, index, settings)]
-    how = f"{options.steps} steps" if options.solver == "euler" else f"tolerance {options.rtol:g}"
     height, width = settings["size"]
     there = f" ({len(indices) - len(todo)} of them are there)" if len(todo) < len(indices) else ""
     print(
-        f"sample: {len(indices)} images{there} of {height}x{width}, seed {seed}, {options.solver}, {how}, "
+        f"sample: {len(indices)} images{there} of {height}x{width}, seed {seed}, {options.describe()}, "
         f"{settings['precision']}, batch {batch_size}, {pipeline.device}; to {out}",
         file=sys.stderr,
     )

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import randomise, tiny_autoencoder, tiny_flow
+from conftest import at, randomise, tiny_autoencoder, tiny_flow
 from torch._dynamo.utils import counters
 
 from pyramid_ldm.autoencoders.pyramid.regions import Regions
@@ -46,8 +46,8 @@ def test_stage_two():
     eager = randomise(tiny_flow(), 0.05)
     model = copy.deepcopy(eager)
     compiled = RUNTIME.wrap(model, compile_model=True)
-    latents, t = pyramid_noise(eager.shapes, 0, "noise", [0, 1]), torch.tensor([0.2, 0.8])
+    latents, context = pyramid_noise(eager.shapes, 0, "noise", [0, 1]), at(0.2, 0.8)
     for network in (eager, compiled):
-        sum(level.square().sum() for level in network(latents, t)).backward()
+        sum(level.square().sum() for level in network(latents, context)).backward()
     for a, b in zip(gradients(eager), gradients(model), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)

@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyramid_ldm.condition import Condition
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
 from pyramid_ldm.config.common import TrainConfig
-from pyramid_ldm.config.flow import FlowConfig, ShardDataConfig
-from pyramid_ldm.data.latents import LatentBatch
-from pyramid_ldm.data.photographs import ImageBatch
+from pyramid_ldm.config.flow import FlowConfig, FlowDataConfig
+from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.info.budget import free_memory, remedy, verdict
 from pyramid_ldm.info.cost import (
     CPU,
@@ -30,6 +30,7 @@ from pyramid_ldm.info.cost import (
 )
 from pyramid_ldm.info.memory import PeakMemory, Watch
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.pyramid import unflatten
 from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
@@ -61,7 +62,7 @@ def stage_one(tmp_path) -> AutoencoderTraining:
 
 def stage_two() -> FlowTraining:
     model = FlowConfig(widths=[16, 16], blocks=1, dropout=0.2)
-    return FlowTraining(run_dir="x", data=ShardDataConfig(shards="x"), train=TrainConfig(batch_size=8), model=model)
+    return FlowTraining(run_dir="x", data=FlowDataConfig(shards="x"), train=TrainConfig(batch_size=8), model=model)
 
 
 def test_live_and_peak_bytes_by_hand():
@@ -177,7 +178,7 @@ def real_autoencoder_step(config, runtime):
             memory.restart()
             for _ in range(config.train.accumulate):
                 pixels = torch.zeros(config.train.batch_size, *config.image_size, 3, dtype=torch.uint8)
-                batch = ImageBatch(pixels, list(range(len(pixels))), [])
+                batch = Batch(list(range(len(pixels))), pixels=pixels)
                 autoencoder_state.accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
             take_step(state.optimizer, state.autoencoder, 1.0, runtime, Metrics(), "")
             take_step(state.disc_optimizer, state.discriminator, 0.0, runtime, Metrics(), "")
@@ -224,9 +225,9 @@ def test_the_estimated_step_of_stage_two_is_the_real_one():
         state = flow_state.build_state(config, CPU)
         state.scaling = no_scaling(autoencoder)
         for _ in range(2):
-            batch = LatentBatch(torch.randn(8, 88), torch.randn(8, 88), torch.rand(8), [])
+            latents = unflatten(torch.randn(8, 88), state.network.shapes)
             with runtime.autocast():
-                flow_state.accumulate(flow, state.network, state, batch, 1)
+                flow_state.accumulate(flow, state.network, state, latents, list(range(8)), Condition(), config)
             take_step(state.optimizer, state.network, 1.0, runtime, Metrics(), "")
     assert cost.step.peak == pytest.approx(memory.peak, rel=0.02)
     assert cost.parameters == sum(p.numel() for p in tiny_flow(dropout=0.2, fourier_scale=16.0).parameters())

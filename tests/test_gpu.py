@@ -18,17 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyramid_ldm import PyramidAutoencoder, PyramidPipeline
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
+from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.data.folder import find_images
-from pyramid_ldm.data.latents import LatentBatch, LatentRecords, collate_latents
+from pyramid_ldm.data.latents import LatentRecords, collate_latents
 from pyramid_ldm.data.loading import load_batches
-from pyramid_ldm.data.photographs import ImageBatch, Photographs, Preprocessing, collate_images
+from pyramid_ldm.data.photographs import Photographs, Preprocessing, collate_images
 from pyramid_ldm.data.shards import LatentCache
 from pyramid_ldm.info.cost import estimate_autoencoder
 from pyramid_ldm.info.memory import PeakMemory
 from pyramid_ldm.nn.layers import advance_spectral_norm
-from pyramid_ldm.pipeline import SolverOptions
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
-from pyramid_ldm.pyramid import LatentScaling, flatten, pyramid_noise
+from pyramid_ldm.processes.solvers import SolverOptions
+from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
 from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
@@ -106,7 +107,7 @@ class StageOne(Stage):
         generator = torch.Generator().manual_seed(0)
         shape = (config.train.batch_size, *config.image_size, 3)
         pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        self.batch = ImageBatch(pixels, list(range(len(pixels))), [])
+        self.batch = Batch(list(range(len(pixels))), pixels=pixels)
 
     def accumulate(self):
         state, inputs = self.state, (self.batch, self.runtime)
@@ -118,13 +119,17 @@ class StageTwo(Stage):
         state = flow_state.build_state(config, runtime.device)
         super().__init__(config, state.network, state, runtime)
         shapes = state.network.shapes
-        self.flow, state.scaling = RectifiedFlow(), no_scaling(shapes)
-        latents, noise = (flatten(pyramid_noise(shapes, 0, name, [0, 1])) for name in ("latents", "noise"))
-        self.batch = LatentBatch(latents, noise, torch.tensor([0.2, 0.7]), [])
+        state.scaling = no_scaling(shapes)
+        self.latents, self.noise = (
+            tuple(z.to(runtime.device) for z in pyramid_noise(shapes, 0, name, [0, 1])) for name in ("latents", "noise")
+        )
+        self.time = torch.tensor([0.2, 0.7], device=runtime.device)
 
     def accumulate(self):
         with self.runtime.autocast():
-            return flow_state.accumulate(self.flow, self.network, self.state, self.batch, 1)
+            loss = RectifiedFlow().loss(self.network, self.latents, self.noise, self.time)
+        loss.total.backward()
+        return {"loss": loss.total}
 
 
 def no_scaling(shapes) -> LatentScaling:
@@ -263,7 +268,7 @@ def no_synchronisation(device):
 def test_euler_steps_do_not_wait_for_the_device(device):
     """From the second evaluation to the fifteenth; the sampler looks at values at every sixteenth."""
     pipe, calls, guard = pipeline(device), [0], contextlib.ExitStack()
-    noise = pyramid_noise(pipe.flow.shapes, 0, "sample", [0, 1])
+    noise = pyramid_noise(pipe.network.shapes, 0, "sample", [0, 1])
     pipe.solve(noise, SolverOptions("euler", steps=2))  # the first calls of a process may wait
 
     def watch(*_) -> None:
@@ -273,7 +278,7 @@ def test_euler_steps_do_not_wait_for_the_device(device):
         if calls[0] == 15:
             guard.close()
 
-    pipe.flow.register_forward_pre_hook(watch)
+    pipe.network.register_forward_pre_hook(watch)
     with guard:
         pipe.solve(noise, SolverOptions("euler", steps=15))
     assert calls == [15]

@@ -11,7 +11,7 @@ import pyramid_ldm
 PACKAGE = Path(pyramid_ldm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a part may import beside itself. A part is a folder of the package, or a module at its top.
-BASE = {"errors", "files", "ownership", "pictures", "randomness", "pyramid", "allocator"}
+BASE = {"errors", "files", "ownership", "pictures", "randomness", "pyramid", "condition", "allocator"}
 LOW = BASE | {"config", "nn", "serialization"}
 MIDDLE = {"processes", "networks", "autoencoders", "data"}
 ALLOWED = {
@@ -23,6 +23,7 @@ ALLOWED = {
     "ownership": {"errors", "files"},
     "pictures": {"errors", "files"},
     "pyramid": {"errors", "randomness"},
+    "condition": {"pyramid"},
     "config": {"errors", "pyramid"},
     "serialization": {"config", "errors", "ownership", "nn"},
     **{name: LOW for name in sorted(MIDDLE)},

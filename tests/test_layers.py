@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import randomise, tiny_autoencoder, tiny_flow
+from conftest import at, randomise, tiny_autoencoder, tiny_flow
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,14 +106,14 @@ def test_spectral_gradient_is_that_of_the_quotient():
 def test_folding_keeps_the_function_and_leaves_a_copy_alone():
     network = randomise(tiny_flow()).eval()
     advance_spectral_norm(network, 100)
-    latents, t = (torch.randn(1, 6, 2, 2), torch.randn(1, 4, 4, 4)), torch.tensor([0.3])
-    expected = network(latents, t)
+    latents, context = (torch.randn(1, 6, 2, 2), torch.randn(1, 4, 4, 4)), at(0.3)
+    expected = network(latents, context)
     copy = deepcopy(network)
     fold_spectral_norm(copy)
     assert not spectral_layers(copy)
     assert not any("spectral" in name for name in copy.state_dict())
     assert spectral_layers(network), "the original still has its norms"
-    for a, b, c in zip(expected, copy(latents, t), network(latents, t), strict=True):
+    for a, b, c in zip(expected, copy(latents, context), network(latents, context), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(a, c)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import randomise
+from conftest import at, randomise
 from torch import nn
 
 from pyramid_ldm.config import FlowConfig
@@ -118,6 +118,6 @@ def test_without_branches_it_is_ncsnpp():
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([0.02, 0.9])
     with torch.no_grad():
         ordered = source(x, 999 * t).sample * (999 * t).view(-1, 1, 1, 1)  # diffusers divides by the time step
-        (found,) = target((x,), t)
+        (found,) = target((x,), at(*t.tolist()))
     assert ordered.std() > 0.1
     torch.testing.assert_close(found, ordered, atol=1e-5, rtol=1e-5)

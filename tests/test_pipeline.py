@@ -9,8 +9,8 @@ from conftest import randomise, tiny_autoencoder, tiny_flow
 from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.pipeline import SolverOptions
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
 
 
@@ -28,13 +28,13 @@ def directory(tmp_path_factory):
 def test_a_run_directory_and_its_model_directory_load_alike(directory):
     a, b = PyramidPipeline.from_pretrained(directory), PyramidPipeline.from_pretrained(directory / "model")
     assert a.checkpoint == b.checkpoint != ""
-    assert a.objective == RectifiedFlow(eps=2e-3)
+    assert a.process == RectifiedFlow(eps=2e-3)
     assert a.scaling.std[1] == (0.5, 1.0, 2.0, 3.0)
 
 
 def test_shifted_levels_travel_with_the_pipeline(directory, tmp_path):
     plain = PyramidPipeline.from_pretrained(directory)
-    shifted = PyramidPipeline(plain.flow, plain.autoencoder, plain.scaling, RectifiedFlow(level_shifts=[3.0, 1.0]))
+    shifted = PyramidPipeline(plain.network, plain.autoencoder, plain.scaling, RectifiedFlow(level_shifts=[3.0, 1.0]))
     shifted.save_pretrained(tmp_path)
     loaded = PyramidPipeline.from_pretrained(tmp_path)
     a, b, c = (pipe(1, solver="euler", steps=4).latents[0] for pipe in (plain, shifted, loaded))
@@ -51,7 +51,7 @@ def test_older_pipelines_are_read(directory, tmp_path, form):
     old = {"format": form, "scaling": manifest["scaling"], **process}
     (tmp_path / "old" / "pipeline.json").write_text(json.dumps(old))
     pipe = PyramidPipeline.from_pretrained(tmp_path / "old")
-    assert pipe.objective == RectifiedFlow(eps=3e-3, **shifts)
+    assert pipe.process == RectifiedFlow(eps=3e-3, **shifts)
     assert pipe.scaling == PyramidPipeline.from_pretrained(directory).scaling
 
 
@@ -71,7 +71,7 @@ def test_images_latents_and_count_of_evaluations(directory):
 
 def test_the_solvers_result_is_unscaled(directory):
     pipeline = PyramidPipeline.from_pretrained(directory)
-    noise = pyramid_noise(pipeline.flow.shapes, 5, "sample", [0])
+    noise = pyramid_noise(pipeline.network.shapes, 5, "sample", [0])
     scaled = pipeline.solve(noise, SolverOptions("euler", steps=3)).latents
     raw = pipeline(1, seed=5, solver="euler", steps=3).latents
     torch.testing.assert_close(raw[0], scaled[0] * 2)
@@ -101,8 +101,8 @@ def test_what_is_missing_or_foreign_is_named(directory, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: damaged"):
         PyramidPipeline.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="rk45 or euler"):
-        PyramidPipeline.from_pretrained(directory)(1, solver="heun")
+    with pytest.raises(UserError, match="choose rk45, dopri5, euler"):
+        PyramidPipeline.from_pretrained(directory)(1, solver="leap")
 
 
 def test_sampling_keeps_no_graph(directory):
@@ -115,10 +115,10 @@ def test_bfloat16_weights_are_converted_once_and_the_heads_stay_exact(directory)
     pipeline = PyramidPipeline.from_pretrained(directory)
     exact = pipeline(2, seed=1, solver="euler", steps=4)
     rounded = pipeline(2, seed=1, solver="euler", steps=4, bf16=True)
-    assert pipeline._network("autoencoder", bf16=True) is pipeline._network("autoencoder", bf16=True)
-    for network in (pipeline.flow, pipeline.autoencoder):
+    assert pipeline._ready("autoencoder", bf16=True) is pipeline._ready("autoencoder", bf16=True)
+    for network in (pipeline.network, pipeline.autoencoder):
         assert {p.dtype for p in network.parameters()} == {torch.float32}
-    low = pipeline._network("autoencoder", bf16=True)
+    low = pipeline._ready("autoencoder", bf16=True)
     assert low.decoder.last_weight.dtype == torch.float32
     assert {p.dtype for n, p in low.named_parameters() if n.endswith("conv1.weight")} == {torch.bfloat16}
     for a, b in zip(exact.images, rounded.images, strict=True):
@@ -129,7 +129,7 @@ def test_bfloat16_weights_are_converted_once_and_the_heads_stay_exact(directory)
 
 def test_a_decode_that_bfloat16_cannot_hold_is_made_again_in_float32(directory, monkeypatch):
     pipe = PyramidPipeline.from_pretrained(directory)
-    latents = tuple(torch.randn(2, *shape) for shape in pipe.flow.shapes)
+    latents = tuple(torch.randn(2, *shape) for shape in pipe.network.shapes)
     exact = list(pipe.decode(latents))
     decode_tiled = PyramidAutoencoder.decode_tiled
 
@@ -148,7 +148,7 @@ def test_a_decode_that_bfloat16_cannot_hold_is_made_again_in_float32(directory, 
 
 def test_adaptive_steps_are_computed_in_float32_unless_told_otherwise(directory):
     pipeline = PyramidPipeline.from_pretrained(directory)
-    noise = pyramid_noise(pipeline.flow.shapes, 5, "sample", [0])
+    noise = pyramid_noise(pipeline.network.shapes, 5, "sample", [0])
     exact = pipeline.solve(noise, SolverOptions("rk45")).latents
     for options, same in (
         (SolverOptions("rk45"), True),

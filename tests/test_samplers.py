@@ -7,8 +7,32 @@ from scipy.integrate import solve_ivp
 
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.processes import rk45 as dormand_prince
-from pyramid_ldm.processes.solvers import dopri5, euler, rk45
+from pyramid_ldm.processes.process import Prediction
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.processes.solvers import SolverOptions, solve
 from pyramid_ldm.pyramid import flatten
+
+
+def solved(solver, velocity, noise, process=None, progress=None, **options):
+    """By a velocity that is a function of the state and of the time that the network is told."""
+
+    def predict(noisy, t, told):
+        found = velocity(noisy, told.float().expand(noisy[0].shape[0]))
+        return Prediction("velocity", found, noisy, (), ())
+
+    return solve(SolverOptions(solver, **options), process or RectifiedFlow(), predict, noise, progress=progress)
+
+
+def euler(velocity, noise, **options):
+    return solved("euler", velocity, noise, **options)
+
+
+def rk45(velocity, noise, **options):
+    return solved("rk45", velocity, noise, **options)
+
+
+def dopri5(velocity, noise, **options):
+    return solved("dopri5", velocity, noise, **options)
 
 
 def pyramid(batch=3, seed=0):
@@ -31,7 +55,7 @@ class Recorded:
 def test_euler_evaluates_on_the_reference_grid_and_moves_by_one():
     velocity = Recorded(lambda z, t: torch.ones_like(z))
     noise = pyramid()
-    solution = euler(velocity, noise, steps=200, eps=1e-3)
+    solution = euler(velocity, noise, steps=200)
     assert solution.nfe == len(velocity.times) == 200
     expected = [1e-3 + k * (1 - 1e-3) / 200 for k in range(200)]
     assert velocity.times == pytest.approx(expected, abs=1e-6)
@@ -39,12 +63,12 @@ def test_euler_evaluates_on_the_reference_grid_and_moves_by_one():
         torch.testing.assert_close(z1, z0 + 1, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("solve", [rk45, dopri5])
+@pytest.mark.parametrize("solver", [rk45, dopri5])
 @pytest.mark.parametrize("field", [lambda z, t: -2 * z, lambda z, t: torch.cos(5 * t) * z + t, lambda z, t: -(z**3)])
-def test_rk45_agrees_with_scipy(field, solve):
+def test_rk45_agrees_with_scipy(field, solver):
     noise = pyramid(batch=1)
     velocity = Recorded(field)
-    ours = flatten(solve(velocity, noise).latents)[0]
+    ours = flatten(solver(velocity, noise).latents)[0]
 
     def flat_field(t, y):
         return field(torch.from_numpy(y), torch.tensor(t)).numpy()
@@ -125,7 +149,7 @@ def test_rk45_leaves_finished_samples_out():
 def test_rk45_takes_torchdiffeqs_path_with_one_sample():
     """The same tableau, control and first step: within a step, and as near to each other as to the truth."""
     for field in (lambda z, t: -2 * z, lambda z, t: torch.cos(5 * t) * z + t, lambda z, t: -(z**3)):
-        ours, theirs = (solve(Recorded(field), pyramid(batch=1)) for solve in (rk45, dopri5))
+        ours, theirs = (solver(Recorded(field), pyramid(batch=1)) for solver in (rk45, dopri5))
         assert abs(ours.nfe - theirs.nfe) <= 6
         for a, b in zip(ours.latents, theirs.latents, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)

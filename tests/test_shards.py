@@ -13,6 +13,7 @@ from conftest import CPU, OPTIONS, SIZES, WIDTH, lively_autoencoder
 from safetensors.torch import load_file
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.config.flow import FlowDataConfig, FlowTraining
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.latents import LatentRecords
 from pyramid_ldm.data.photographs import load_crop
@@ -337,7 +338,7 @@ def test_the_cache_carries_its_autoencoder(finished, autoencoder_directory):
 
 def test_the_autoencoder_beside_the_shards_is_the_one_that_made_them(autoencoder_directory, photographs, tmp_path):
     """Another encode was interrupted before its first shard: its autoencoder must not stay."""
-    from pyramid_ldm.training.train_flow import load_autoencoder
+    from pyramid_ldm.training.source import CachedLatents
 
     other = lively_autoencoder()
     with torch.no_grad():
@@ -345,11 +346,12 @@ def test_the_autoencoder_beside_the_shards_is_the_one_that_made_them(autoencoder
     claim(tmp_path / "out", "shards", "--out")
     other.save_pretrained(tmp_path / "out" / "autoencoder")
     encode(autoencoder_directory, photographs, tmp_path / "out", OPTIONS, CPU)
-    cache = LatentCache(tmp_path / "out")
-    assert load_autoencoder(cache).fingerprint() == cache.plan.autoencoder
+    config = FlowTraining(run_dir="x", data=FlowDataConfig(shards=str(tmp_path / "out")))
+    source = CachedLatents(config, CPU)
+    assert source.autoencoder.fingerprint() == source.cache.plan.autoencoder
     other.save_pretrained(tmp_path / "out" / "autoencoder")
     with pytest.raises(UserError, match="is not the autoencoder that made these shards"):
-        load_autoencoder(cache)
+        CachedLatents(config, CPU)
 
 
 def test_a_shard_without_a_readable_image_is_empty_and_the_rest_is_used(autoencoder_directory, photographs, tmp_path):

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import at
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.condition import Context
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
 from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 
@@ -43,7 +45,7 @@ def test_the_demos_flow_takes_the_latents_of_a_codebook():
     stage_two.model.resolve(stage_one.image_size, stage_one.model.levels)
     with torch.no_grad():
         latents = autoencoder.encode(torch.zeros(1, 3, 64, 64)).mode()
-        assert [v.shape for v in PyramidNCSNpp(stage_two.model)(latents, torch.zeros(1))] == [z.shape for z in latents]
+        assert [v.shape for v in PyramidNCSNpp(stage_two.model)(latents, at(0.5))] == [z.shape for z in latents]
 
 
 @pytest.mark.parametrize("name", RATIOS)
@@ -61,7 +63,7 @@ def test_config(name):
         assert [tuple(z.shape[1:]) for z in latents] == LATENTS.get(name, flow.shapes)
         if name in SIDES:
             assert [z.shape[2] for z in latents] == SIDES[name]
-        velocities = flow(latents, torch.empty(1))
+        velocities = flow(latents, Context(torch.empty(1), torch.empty(1)))
         assert [v.shape for v in velocities] == [z.shape for z in latents]
     parameters = [sum(p.numel() for p in half.parameters()) for half in (autoencoder.encoder, autoencoder.decoder)]
     assert parameters[0] < parameters[1]

@@ -351,6 +351,7 @@ def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, pho
     from pyramid_ldm.pipeline import PyramidPipeline
     from pyramid_ldm.processes.rectified_flow import RectifiedFlow
     from pyramid_ldm.pyramid import unflatten
+    from pyramid_ldm.training.flow_state import draw
 
     run("encode", home / "ae", "--data", photographs, "--out", tmp_path / "z", "--workers", 0, "--dtype", "float32",
         "--precision", "fp32", "--no-flip")  # fmt: skip
@@ -359,15 +360,16 @@ def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, pho
     autoencoder = PyramidAutoencoder.from_pretrained(home / "ae")
     records = LatentRecords(cache, cache.indices("train"), 0, "mode", shuffle=False)
     batch = collate_latents([records[i] for i in range(4)])
-    cached, noise, time_, positions = batch.latents, batch.noise, batch.uniform, batch.positions
+    cached, positions = batch.latents, batch.positions
     by_digest = {file.digest: file.path for file in find_images(photographs)}
     sources = [by_digest[cache.rows[records.rows[p]].source] for p in positions]
     images = torch.stack([load_crop(path, (32, 32), zoom=1.0, top=0.5, left=0.5) for path in sources])
-    shapes = pipeline.flow.shapes
+    shapes = pipeline.network.shapes
+    noise, t = draw(RectifiedFlow(), shapes, positions, 0, torch.device("cpu"))
     with torch.no_grad():
         fresh = autoencoder.encode(images).mode()
         losses = [
-            RectifiedFlow().loss(pipeline.flow, pipeline.scaling.scale(z), unflatten(noise, shapes), time_).total
+            RectifiedFlow().loss(pipeline.network, pipeline.scaling.scale(z), noise, t).total
             for z in (unflatten(cached, shapes), fresh)
         ]
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
@@ -398,11 +400,12 @@ def test_pictures_that_a_kill_cost_are_made_by_the_next_start(home, tmp_path):
 def test_pictures_come_after_saving_and_end_no_run(home, photographs, tmp_path, monkeypatch):
     seen = []
 
-    def fail(config, state, *rest):
-        seen.append([int(path.name) for path in checkpoint_directories(tmp_path / "ae")][-1:] == [state.images_seen])
+    def fail(stage, *rest):
+        newest = [int(path.name) for path in checkpoint_directories(tmp_path / "ae")][-1:]
+        seen.append(newest == [stage.state.images_seen])
         raise RuntimeError("no figure today")
 
-    monkeypatch.setattr("pyramid_ldm.training.train_autoencoder._examine", fail)
+    monkeypatch.setattr("pyramid_ldm.training.train_autoencoder.examine", fail)
     done = run("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")
     assert seen == [True, True]
     assert done.stderr.count("no held-out figures and pictures this time: RuntimeError: no figure today") == 2

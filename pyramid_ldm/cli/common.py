@@ -11,7 +11,7 @@ from pyramid_ldm.errors import UserError
 
 if TYPE_CHECKING:
     from pyramid_ldm.evaluation.reference import Choice
-    from pyramid_ldm.pipeline import SolverOptions
+    from pyramid_ldm.processes.solvers import SolverOptions
 
 MOST = 10**12  # of anything that is counted
 KINDS = ("autoencoder_configs", "diffusion_configs")
@@ -94,18 +94,34 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_solver(parser: argparse.ArgumentParser) -> None:
     """--solver and what it takes."""
     tolerance = Number(float, 0.0, 1.0, open_low=True)
-    parser.add_argument("--solver", default="rk45", choices=["rk45", "euler", "dopri5"], help="default: rk45")
-    parser.add_argument("--steps", type=whole(1, 10**6), default=200, help="Euler's steps (default: 200)")
+    parser.add_argument(
+        "--solver",
+        default="rk45",
+        choices=["rk45", "dopri5", "euler", "ddim", "ancestral", "heun", "dpmpp_2m", "abm2"],
+        help="adaptive steps: rk45, dopri5; fixed steps: the others (default: rk45)",
+    )
+    parser.add_argument("--steps", type=whole(1, 10**6), default=200, help="of fixed steps, how many (default: 200)")
+    parser.add_argument(
+        "--spacing",
+        default="uniform",
+        choices=["uniform", "cosine", "karras"],
+        help="of fixed steps: even in time, denser at both ends, or in EDM's measure of noise (default: uniform)",
+    )
+    parser.add_argument(
+        "--eta", type=share(one=True), default=1.0, help="ancestral's share of fresh noise; 0 is ddim (default: 1)"
+    )
     parser.add_argument("--rtol", type=tolerance, default=1e-5, help="RK45's relative tolerance (default: 1e-5)")
     parser.add_argument("--atol", type=tolerance, default=1e-5, help="RK45's absolute tolerance (default: 1e-5)")
     parser.add_argument(
-        "--max-nfe", type=whole(1, 10**9), help="give up after so many evaluations (default: 2000, or Euler's steps)"
+        "--max-nfe",
+        type=whole(1, 10**9),
+        help="give up after so many evaluations (default: 2000, or what fixed steps take)",
     )
 
 
 def solver_options(arguments: argparse.Namespace) -> "SolverOptions":
     """What add_solver and add_device asked for."""
-    from pyramid_ldm.pipeline import SolverOptions
+    from pyramid_ldm.processes.solvers import SolverOptions
 
     return SolverOptions(
         arguments.solver,
@@ -114,6 +130,8 @@ def solver_options(arguments: argparse.Namespace) -> "SolverOptions":
         arguments.atol,
         arguments.max_nfe,
         bf16=None if arguments.precision == "auto" else arguments.precision == "bf16",
+        spacing=arguments.spacing,
+        eta=arguments.eta,
     )
 
 

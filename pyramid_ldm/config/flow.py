@@ -2,6 +2,7 @@
 
 from omegaconf import MISSING
 
+from pyramid_ldm.config.autoencoder import ImageDataConfig
 from pyramid_ldm.config.common import (
     MOST_SEED,
     MOST_SIDE,
@@ -14,6 +15,9 @@ from pyramid_ldm.config.common import (
 )
 from pyramid_ldm.config.schema import Section, key, require
 from pyramid_ldm.pyramid import Level
+
+READINGS = ("velocity", "noise", "data", "v")
+PREDICTIONS = (*READINGS, "preconditioned")
 
 
 class FlowConfig(Section):
@@ -72,26 +76,97 @@ class FlowConfig(Section):
             ]
 
 
-class ShardDataConfig(Section):
-    """A shard directory made by `encode`."""
+class FlowDataConfig(Section):
+    """A shard directory made by `encode`, or photographs and the autoencoder that they go through on the way."""
 
     NAME = "data"
 
-    shards: str = key(MISSING, path=True, may_change=True)
+    shards: str | None = key(None, path=True, may_change=True)
+    root: str | None = key(None, path=True, may_change=True)
+    # A run or model of stage one, or the config of one without parameters.
+    autoencoder: str | None = key(None, path=True, may_change=True)
     workers: int = key(2, at_least=0, at_most=1024, may_change=True)
-    posterior: str = key("sample", choices=("sample", "mode"))  # what a cached mean and log-variance become
+    posterior: str = key("sample", choices=("sample", "mode"))  # what a mean and log-variance become
+    # Of photographs; as in `train-ae`, where they are explained.
+    validation: float = key(0.05, at_least=0, below=1)
+    crop: str = key("center", choices=("center", "random"))
+    zoom: float = key(1.0, at_least=1, at_most=1024)
+    flip: bool = key(True)
+    upscale: bool = key(False)
+    max_bad_fraction: float = key(0.01, at_least=0, at_most=1, may_change=True)
+
+    def check(self) -> None:
+        """UserError unless it names one source of latents."""
+        if self.root is None and self.autoencoder is None:
+            require(self.shards is not None, "data.shards is not set; give it as data.shards=VALUE")
+            return
+        require(self.shards is None, "data.shards already holds latents; leave out data.root and data.autoencoder")
+        require(self.root is not None, "data.root is not set; give the photographs as data.root=VALUE")
+        require(
+            self.autoencoder is not None, "data.autoencoder is not set; give whose latents as data.autoencoder=VALUE"
+        )
+        require(self.zoom == 1 or self.crop == "random", "data.zoom needs data.crop=random")
+
+    def photographs(self) -> ImageDataConfig:
+        """What it says of photographs."""
+        assert self.root is not None
+        names = ("workers", "validation", "crop", "zoom", "flip", "upscale", "max_bad_fraction")
+        return ImageDataConfig(self.root, **{name: getattr(self, name) for name in names})
 
 
-class RectifiedFlowConfig(Section):
-    """The objective (PDM equation 7)."""
+class ProcessConfig(Section):
+    """What the processes between noise and data have in common."""
+
+    # What the network's output is, and in which reading its error is taken (null: as it is).
+    prediction: str = key("velocity", choices=PREDICTIONS)
+    error: str | None = key(None, choices=READINGS)
+    level_weights: list[float] | None = key(None, at_least=0)  # one a level, coarse to fine; null: 1 each
+    # Above 1, a level becomes clear earlier than the others: log-SNR + 2 log(shift); null: 1 each.
+    level_shifts: list[float] | None = key(None, above=0, at_most=1e6)
+    # Adds the errors of average-pooled levels, down to this side, each over its side; null: none.
+    multiscale: int | None = key(None, at_least=1, at_most=MOST_SIDE)
+    sigma_data: float = key(0.5, above=0, at_most=1e6)  # deviation of the data, for prediction=preconditioned
+    # independent for each level | sinc: the finest level's, low-passed; takes levels of as many channels
+    noise: str = key("independent", choices=("independent", "sinc"))
+
+
+class RectifiedFlowConfig(ProcessConfig):
+    """PDM equation 7."""
 
     NAME = "rectified_flow"
 
     eps: float = key(1e-3, above=0, below=0.1)  # training t = min(U[eps, 1 + eps], 1); sampling from eps to 1
-    level_weights: list[float] | None = key(None, at_least=0)  # one a level, coarse to fine; null: 1 each
-    # Above 1, a level becomes clear earlier than the others; null: 1 each.
-    level_shifts: list[float] | None = key(None, above=0, at_most=1e6)
     time_distribution: str = key("uniform", choices=("uniform", "logit_normal"))  # what training draws t from
+
+
+class VPConfig(ProcessConfig):
+    """Variance preserving diffusion."""
+
+    NAME = "vp"
+
+    prediction: str = key("v", choices=PREDICTIONS)
+    schedule: str = key("cosine", choices=("cosine", "linear_beta"))
+    shift: float = key(1.0, above=0, at_most=1e6)  # log-SNR + 2 log(shift); simple diffusion: 64 / side of the images
+    shift_at_noise: float | None = key(None, above=0, at_most=1e6)  # another one at the noise end, interpolated
+    beta_start: float = key(0.0015, above=0, below=1)  # of linear_beta
+    beta_end: float = key(0.0195, above=0, below=1)
+    time_distribution: str = key("uniform", choices=("uniform", "logit_normal"))
+
+
+class EDMConfig(ProcessConfig):
+    """EDM: data plus noise of deviation sigma."""
+
+    NAME = "edm"
+
+    prediction: str = key("preconditioned", choices=PREDICTIONS)
+    sigma_max: float = key(80.0, above=0, at_most=1e6)
+    sigma_min: float = key(0.002, above=0, at_most=1e6)
+    log_sigma_mean: float = key(-1.2, at_least=-20, at_most=20)  # training: log sigma is normal
+    log_sigma_std: float = key(1.2, above=0, at_most=20)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.sigma_min < self.sigma_max, f"edm.sigma_min is {self.sigma_min}; it must be below edm.sigma_max")
 
 
 class SampleLogConfig(Section):
@@ -116,8 +191,11 @@ class FlowTraining(Section):
     # unit: each level to standard deviation 1 | paper: only where it exceeds 1 | channel: mean and deviation of each
     scaling: str = key("unit", choices=("unit", "paper", "channel"))
     model: FlowConfig = key(FlowConfig)
-    data: ShardDataConfig = key(ShardDataConfig)
+    data: FlowDataConfig = key(FlowDataConfig)
+    process: str = key("rectified_flow", choices=("rectified_flow", "vp", "edm"))
     rectified_flow: RectifiedFlowConfig = key(RectifiedFlowConfig)
+    vp: VPConfig = key(VPConfig)
+    edm: EDMConfig = key(EDMConfig)
     samples: SampleLogConfig = key(SampleLogConfig, may_change=True)
     train: TrainConfig = key(TrainConfig)
     ema: EmaConfig = key(EmaConfig)
@@ -127,3 +205,20 @@ class FlowTraining(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_device(self.device)
+        self.data.check()
+
+    def resolve(self, image_size: list[int], levels: list[Level]) -> None:
+        """Takes over the latents' shape. UserError where something does not fit it."""
+        self.model.resolve(image_size, levels)
+        process = getattr(self, self.process)
+        for name in ("level_weights", "level_shifts"):
+            values = getattr(process, name)
+            require(
+                values is None or len(values) == len(levels),
+                f"{self.process}.{name} holds {len(values or ())} values for {len(levels)} levels",
+            )
+        require(
+            process.noise == "independent" or len({level.channels for level in levels}) == 1,
+            f"{self.process}.noise=sinc takes levels of as many channels each, not "
+            f"{[level.channels for level in levels]}",
+        )

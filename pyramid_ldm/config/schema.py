@@ -72,7 +72,7 @@ class Section:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name = f"{self.NAME}.{field.name}" if self.NAME else field.name
             value = getattr(self, field.name)
-            if field.metadata.get("path"):
+            if field.metadata.get("path") and value is not None:
                 require(value.strip() != "", f"{name} is empty; give a path")
                 setattr(self, field.name, os.path.expanduser(value))
             for one in value if isinstance(value, list) else [value]:

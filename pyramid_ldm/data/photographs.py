@@ -1,15 +1,15 @@
 """The data set of stage one: photographs by position, cropped and mirrored deterministically."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyramid_ldm.data.batch import BadFile, Batch
 from pyramid_ldm.data.folder import ImageFile
 from pyramid_ldm.data.images import UnreadableImage, load_image, normalise, resize_and_crop, to_pixels
-from pyramid_ldm.data.loading import Travelling
 from pyramid_ldm.data.order import item_at
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.randomness import uniform
@@ -34,29 +34,6 @@ class Preprocessing:
         drawn = (uniform(seed, f"{purpose}{name}", *index) for name in ("zoom", "top", "left"))
         zoom, top, left = drawn
         return self.zoom**zoom, top, left
-
-
-@dataclass(frozen=True)
-class BadFile:
-    """A file that was skipped."""
-
-    digest: str
-    message: str
-    of_content: bool  # see UnreadableImage
-
-
-@dataclass
-class ImageBatch(Travelling):
-    """Images of consecutive positions."""
-
-    pixels: Tensor  # (B, H, W, 3) uint8
-    positions: list[int]
-    files: list[str]
-    bad: list[BadFile] = field(default_factory=list)  # what was skipped on the way
-
-    def images(self, device: torch.device) -> Tensor:
-        """(B, 3, H, W) float32 in [-1, 1], channels last, on `device`: a quarter of the bytes is moved."""
-        return normalise(self.pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
 
 
 def load_pixels(path: str, size: tuple[int, int], place: Place, *, upscale: bool = False) -> Tensor:
@@ -111,11 +88,11 @@ class Photographs(Dataset[tuple[Tensor, int, str, list[BadFile]]]):
         raise UserError(f"none of the {len(self.files)} images can be read{first_fault}")
 
 
-def collate_images(items: list[tuple[Tensor, int, str, list[BadFile]]]) -> ImageBatch:
+def collate_images(items: list[tuple[Tensor, int, str, list[BadFile]]]) -> Batch:
     """Items of `Photographs` to one batch."""
     pixels, positions, files, bad = zip(*items, strict=True)
     batch = torch.stack([image.permute(1, 2, 0) for image in pixels])
-    return ImageBatch(batch, list(positions), list(files), [one for part in bad for one in part])
+    return Batch(list(positions), pixels=batch, files=list(files), bad=[one for part in bad for one in part])
 
 
 def crops_to_examine(

@@ -102,12 +102,14 @@ def write_index(directory: Path, plan: Plan, count: int, unopened: Sequence[str]
     Args:
         unopened: a message for each file of the folder that nothing is known of, for it could not be opened.
     """
-    shards, totals, missing = [], _Totals(plan), dict[str, str]()
+    shards, missing = [], dict[str, str]()
+    totals = Totals([level.channels for level in plan.levels])
     for number in range(count):
         path, sidecar = shard_paths(directory, number)
         content = read_sealed(sidecar, "run encode again", FORMAT)
         shard = Shard.open(path, plan)
-        totals.add(shard)
+        for start in range(0, shard.count, 256):
+            totals.add(*split_record(shard.read(start, min(256, shard.count - start)).double(), plan))
         missing |= content["missing"] | content["gone"]
         shards.append({"file": path.name, "count": shard.count, "sha256": content["sha256"]})
     statistics = totals.result()
@@ -129,25 +131,22 @@ def count_missing(index: dict[str, Any]) -> int:
     return len(index.get("missing", ())) + len(index.get("unopened", ()))
 
 
-class _Totals:
-    """Exact sums per channel, in float64."""
+class Totals:
+    """Exact sums per channel of each level, in float64."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        zeros = [np.zeros(level.channels) for level in plan.levels]
+    def __init__(self, channels: Sequence[int]) -> None:
+        zeros = [np.zeros(count) for count in channels]
         self.sum, self.square, self.variance = ([z.copy() for z in zeros] for _ in range(3))
-        self.count = [0] * len(plan.levels)
+        self.count = [0] * len(channels)
 
-    def add(self, shard: "Shard") -> None:
-        for start in range(0, shard.count, 256):
-            rows = shard.read(start, min(256, shard.count - start)).double()
-            means, variances = split_record(rows, self.plan)
-            for i, mean in enumerate(means):
-                self.sum[i] += mean.sum(dim=(0, 2, 3)).numpy()
-                self.square[i] += mean.square().sum(dim=(0, 2, 3)).numpy()
-                if variances is not None:
-                    self.variance[i] += variances[i].exp().sum(dim=(0, 2, 3)).numpy()
-                self.count[i] += mean.numel() // mean.shape[1]
+    def add(self, means: Pyramid, log_variances: Pyramid | None) -> None:
+        """Latents (B, C, H, W) a level, float64, on the CPU."""
+        for i, mean in enumerate(means):
+            self.sum[i] += mean.sum(dim=(0, 2, 3)).numpy()
+            self.square[i] += mean.square().sum(dim=(0, 2, 3)).numpy()
+            if log_variances is not None:
+                self.variance[i] += log_variances[i].exp().sum(dim=(0, 2, 3)).numpy()
+            self.count[i] += mean.numel() // mean.shape[1]
 
     def result(self) -> list[dict[str, Any]]:
         """Per level: std, and mean and std a channel; std^2 = Var(mean) + E[variance]."""
@@ -295,15 +294,20 @@ class LatentCache:
         return self.shards[number].read(row)[0].float()
 
     def scaling(self, mode: str) -> LatentScaling:
-        """unit: each level divided by its std; paper: only levels whose std exceeds 1 (PDM section 4.1); channel:
-        each channel's mean subtracted and divided by its own std."""
-        means, stds = [], []
-        for latent, level in zip(self.plan.levels, self.statistics, strict=True):
-            std = level["std"]
-            if mode == "channel":
-                means.append(tuple(level["channel_mean"]))
-                stds.append(tuple(level["channel_std"]))
-                continue
-            means.append((0.0,) * latent.channels)
-            stds.append((1.0 if mode == "paper" and std < 1 else std,) * latent.channels)
-        return LatentScaling(tuple(means), tuple(stds))
+        """See `make_scaling`."""
+        return make_scaling(self.statistics, mode)
+
+
+def make_scaling(statistics: Sequence[dict[str, Any]], mode: str) -> LatentScaling:
+    """unit: each level divided by its std; paper: only levels whose std exceeds 1 (PDM section 4.1); channel: each
+    channel's mean subtracted and divided by its own std. `statistics` are a level's as `Totals` has them."""
+    means, stds = [], []
+    for level in statistics:
+        std, channels = level["std"], len(level["channel_mean"])
+        if mode == "channel":
+            means.append(tuple(level["channel_mean"]))
+            stds.append(tuple(level["channel_std"]))
+            continue
+        means.append((0.0,) * channels)
+        stds.append((1.0 if mode == "paper" and std < 1 else std,) * channels)
+    return LatentScaling(tuple(means), tuple(stds))

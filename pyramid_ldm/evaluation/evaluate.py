@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.load import load_autoencoder
+from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.data.folder import ImageFile, list_images
 from pyramid_ldm.data.images import image_size
@@ -32,7 +33,8 @@ from pyramid_ldm.evaluation.reference import (
 from pyramid_ldm.files import read_lines, sha256, write_json
 from pyramid_ldm.ownership import claim_file, keep_apart
 from pyramid_ldm.pictures import read_record
-from pyramid_ldm.pipeline import MANIFEST, PyramidPipeline, SolverOptions
+from pyramid_ldm.pipeline import MANIFEST, PyramidPipeline
+from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import latent_values
 from pyramid_ldm.sample import OWN, SAMPLES
 
@@ -102,8 +104,8 @@ def photographs(path: Path, data: Path, size: tuple[int, int], how: Evaluation) 
 
 def evaluate_autoencoder(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
     """PSNR, SSIM, LPIPS, rFID and rKID of reconstructed centre crops, and of bicubic thumbnails of as many values."""
-    autoencoder = PyramidAutoencoder.from_pretrained(path).to(how.device)
-    height, width = autoencoder.config.image_size
+    autoencoder = load_autoencoder(path).to(how.device)
+    height, width = autoencoder.image_size
     files = photographs(path, data, (height, width), how)
     inception = how.network() if how.inception else None
     perceptual = PerceptualLoss(how.lpips, how.device).in_parts if how.lpips else None
@@ -128,7 +130,7 @@ def evaluate_flow(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, An
     """FID and KID of samples; and of as many photographs, as they are and through the autoencoder."""
     inception = how.network()
     pipeline = PyramidPipeline.from_pretrained(path).to(how.device)
-    height, width = pipeline.autoencoder.config.image_size
+    height, width = pipeline.autoencoder.image_size
     files = photographs(path, data, (height, width), how)
     reference = Reference.of_images(files, (height, width), inception, how.choice)
     features, evaluations = sample_features(
@@ -217,7 +219,7 @@ def compare(
     reference: Reference,
     inception: Inception,
     how: Evaluation,
-    autoencoder: PyramidAutoencoder | None = None,
+    autoencoder: Autoencoder | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Distances of all samples from all photographs, and of equal numbers of both; as figures and as lines."""
     whole = reference.distances(features)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.data.images import to_pil
 from pyramid_ldm.pyramid import Pyramid
 
@@ -41,7 +41,7 @@ def comparison_grid(originals: Tensor, reconstructions: Tensor) -> Image.Image:
 
 @torch.no_grad()
 def latent_contributions(
-    autoencoder: PyramidAutoencoder, latents: Pyramid, replacement: Pyramid
+    autoencoder: Autoencoder, latents: Pyramid, replacement: Pyramid
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """PDM figure 7 for a batch: (from all latents, from only level i, from all but level i), images (B, 3, H, W).
 
@@ -55,7 +55,7 @@ def latent_contributions(
     return autoencoder.decode(latents), only, without
 
 
-def latents_sheet(autoencoder: PyramidAutoencoder, image: Tensor, replacement: Pyramid, scale: int = 1) -> Image.Image:
+def latents_sheet(autoencoder: Autoencoder, image: Tensor, replacement: Pyramid, scale: int = 1) -> Image.Image:
     """PDM figure 7 for one image (3, H, W): the whole reconstruction at the left; row 1 from only one latent, row 2
     from all but one, the latent's resolution under each."""
     latents = autoencoder.encode(image[None]).mode()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.load import load_autoencoder
 from pyramid_ldm.data.folder import find_images
 from pyramid_ldm.data.images import UnreadableImage
 from pyramid_ldm.data.photographs import load_crop
@@ -26,11 +26,11 @@ def latents_to_file(
     if out.suffix.lower() != ".png" and not out.is_dir():
         raise UserError(f"--out {out}: is written as PNG; give a name that ends in .png")
     claim_file(out, "--out", lambda path: (read_record(path) or {}).get("what") == "latents")
-    autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run).to(device)
+    autoencoder = load_autoencoder(autoencoder_run).to(device)
     files = find_images(data)
     if not 0 <= number < len(files):
         raise UserError(f"--image {number}: {data} holds images 0 to {len(files) - 1}")
-    size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
+    size = (autoencoder.image_size[0], autoencoder.image_size[1])
 
     def load(path: str) -> torch.Tensor:
         return load_crop(path, size, upscale=True).to(device)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.load import load_autoencoder
+from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.data.images import UnreadableImage, to_pil
 from pyramid_ldm.data.photographs import load_crop
@@ -53,8 +54,8 @@ def reconstruct_to_folder(
     UserError where `out` is not ours, or lies inside what is read or around it.
     """
     keep_apart(out, "--out", {"AE_RUN": autoencoder_run, "--data": data})
-    autoencoder = PyramidAutoencoder.from_pretrained(autoencoder_run).to(device)
-    size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
+    autoencoder = load_autoencoder(autoencoder_run).to(device)
+    size = (autoencoder.image_size[0], autoencoder.image_size[1])
     paths = [file.path for file in choice.files(data, size)[:count]]
     perceptual = PerceptualLoss(lpips_weights, device) if lpips_weights else None
     claim(out, "reconstructions", "--out")
@@ -81,7 +82,7 @@ def reconstruct_to_folder(
 
 @torch.inference_mode()
 def _reconstruct(
-    autoencoder: PyramidAutoencoder,
+    autoencoder: Autoencoder,
     paths: list[str],
     out: Path,
     choice: Choice,
@@ -90,7 +91,7 @@ def _reconstruct(
     bf16: bool,
 ) -> tuple[list[dict[str, Any]], list[Image.Image]]:
     """(figures of each image, the first pairs)."""
-    size = (autoencoder.config.image_size[0], autoencoder.config.image_size[1])
+    size = (autoencoder.image_size[0], autoencoder.image_size[1])
     values = latent_values(autoencoder.levels, size)
     rows: list[dict[str, Any]] = []
     pairs: list[Image.Image] = []

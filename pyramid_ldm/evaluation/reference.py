@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.data.folder import ImageFile, scan, split_held_out, too_many_bad
 from pyramid_ldm.data.images import UnreadableImage, to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
 from pyramid_ldm.evaluation.progress import Progress
-from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+from pyramid_ldm.pipeline import PyramidPipeline
+from pyramid_ldm.processes.solvers import SolverOptions
 
 Distances = dict[str, float]  # fid, kid
 
@@ -87,7 +88,7 @@ class Reference:
         return len(self.images) // 2
 
     def floor(
-        self, count: int, inception: Inception, autoencoder: PyramidAutoencoder | None = None, *, bf16: bool = False
+        self, count: int, inception: Inception, autoencoder: Autoencoder | None = None, *, bf16: bool = False
     ) -> dict[str, Distances]:
         """What to hold the distances of `count` samples against, at most `half`, from the first `count` photographs:
         those of as many other photographs, as they are and through the autoencoder (all that a flow can reach)."""
@@ -111,7 +112,7 @@ def distances(features: Tensor, target: Tensor) -> Distances:
 
 
 @torch.inference_mode()
-def round_trip(autoencoder: PyramidAutoencoder, images: Tensor, *, bf16: bool = False) -> Tensor:
+def round_trip(autoencoder: Autoencoder, images: Tensor, *, bf16: bool = False) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] through the autoencoder, float32 in [-1, 1]."""
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=bf16):
         decoded = autoencoder.decode_tiled(autoencoder.encode(images).mode()).float()

@@ -16,9 +16,10 @@ from pyramid_ldm.config import (
     load_saved,
 )
 from pyramid_ldm.config.base import read_yaml
+from pyramid_ldm.config.fixed import FIXED, FixedConfig, load_stage_one
 from pyramid_ldm.data.shards import AUTOENCODER
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.info.cost import BATCH, cache_bytes, estimate_autoencoder, estimate_flow
+from pyramid_ldm.info.cost import BATCH, cache_bytes, estimate_autoencoder, estimate_flow, has_variance
 from pyramid_ldm.pyramid import compression_ratio, level_shapes
 from pyramid_ldm.serialization import read_model
 from pyramid_ldm.training.runtime import Runtime
@@ -37,10 +38,11 @@ def kind_of_config(path: Path) -> str | None:
         return None
     kind = loaded.get("kind")
     if isinstance(kind, str):
-        return kind if kind in ("train-ae", "train-flow", "autoencoder", "flow") else None
+        return kind if kind in ("train-ae", "train-flow", "autoencoder", "flow", *FIXED) else None
     if "model" in loaded:
         data = loaded.get("data")
-        if {"scaling", "rectified_flow", "samples"} & loaded.keys() or (isinstance(data, dict) and "shards" in data):
+        of_flow = isinstance(data, dict) and {"shards", "autoencoder"} & data.keys()
+        if of_flow or {"scaling", "rectified_flow", "samples"} & loaded.keys():
             return "train-flow"
         return "train-ae" if "image_size" in loaded else None
     if "levels" in loaded:
@@ -75,15 +77,18 @@ def _load(schema: type[Schema], path: Path, overrides: Sequence[str]) -> Schema:
     return load_config(schema, path, [*unset, *overrides])
 
 
-def find_autoencoder(config: FlowTraining, source: Path | None) -> AutoencoderConfig:
-    """The autoencoder whose latents a flow learns: of a config, run or model directory `source`, else of the shards.
+def find_autoencoder(config: FlowTraining, source: Path | None) -> AutoencoderConfig | FixedConfig:
+    """The autoencoder whose latents a flow learns: of a config, run or model directory `source`, else of the shards or
+    of `data.autoencoder`.
 
     Raises UserError where there is neither.
     """
+    if source is None and config.data.autoencoder is not None:
+        source = Path(config.data.autoencoder)
     if source is None:
-        saved = Path(config.data.shards) / AUTOENCODER / "config.yaml"
+        saved = Path(config.data.shards or "") / AUTOENCODER / "config.yaml"
         if saved.is_file():
-            return load_saved(AutoencoderConfig, saved)
+            return load_stage_one(saved)
         raise UserError(
             "the cost of a flow depends on its latents: add --autoencoder autoencoder_configs/NAME.yaml (or a run of "
             "train-ae), or data.shards=LATENTS of a finished `pyramid-ldm encode`"
@@ -95,6 +100,8 @@ def find_autoencoder(config: FlowTraining, source: Path | None) -> AutoencoderCo
             return _load(AutoencoderTraining, source, ()).model
         case "autoencoder":
             return load_saved(AutoencoderConfig, source)
+        case "pixels" | "wavelet":
+            return load_stage_one(source)
     raise UserError(f"{source}: is not an autoencoder's config; give autoencoder_configs/NAME.yaml or a train-ae run")
 
 
@@ -126,7 +133,7 @@ def report_autoencoder(config: AutoencoderTraining, runtime: Runtime) -> str:
     )
 
 
-def report_flow(config: FlowTraining, autoencoder: AutoencoderConfig, runtime: Runtime) -> str:
+def report_flow(config: FlowTraining, autoencoder: AutoencoderConfig | FixedConfig, runtime: Runtime) -> str:
     """Cost of stage two and the verdict, a figure a line."""
     cost = estimate_flow(config, autoencoder, bf16=runtime.bf16)
 
@@ -156,7 +163,7 @@ def table(rows: dict[str, str]) -> str:
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
 
 
-def describe_latents(config: AutoencoderConfig) -> str:
+def describe_latents(config: AutoencoderConfig | FixedConfig) -> str:
     """ "1x1x64 + 4x4x60, 1:204.8"."""
     levels = config.levels
     shapes = " + ".join(f"{h}x{w}x{c}" for c, h, w in level_shapes(levels, config.image_size))
@@ -171,9 +178,9 @@ def describe_step(config: Any, peak: int, state: int, runtime: Runtime) -> str:
     )
 
 
-def describe_cache(config: AutoencoderConfig) -> str:
+def describe_cache(config: AutoencoderConfig | FixedConfig) -> str:
     """The size that `encode` will write."""
-    moments = "mean and log-variance" if config.latent == "kl" else "latents"
+    moments = "mean and log-variance" if has_variance(config) else "latents"
     return f"{cache_bytes(config, 1000) / 2**20:.0f} MiB per 1000 images (fp16, {moments}, with mirrored copies)"
 
 

@@ -7,7 +7,6 @@ and every tensor that a real step on a CPU makes is counted, gradient checkpoint
 import contextlib
 import copy
 import io
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
@@ -16,16 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
+from pyramid_ldm.autoencoders.load import build_fixed
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.condition import Condition, Context
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, FlowTraining
-from pyramid_ldm.data.latents import LatentBatch
-from pyramid_ldm.data.photographs import ImageBatch
+from pyramid_ldm.config.fixed import FixedConfig
+from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.info.memory import PeakMemory
 from pyramid_ldm.info.shapes import Shapes
 from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.nn import pixel_norm, spectral
 from pyramid_ldm.nn.layers import fold_spectral_norm
-from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+from pyramid_ldm.pipeline import PyramidPipeline
+from pyramid_ldm.processes.build import build_process
+from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, Pyramid, latent_values, level_shapes
 from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
@@ -134,7 +137,7 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
             gradients = sum(p.grad.nbytes for network, _ in trained for p in network.parameters() if p.grad is not None)
             kept = work.restart().live - gradients
             pixels = torch.empty(train.batch_size, *config.image_size, 3, dtype=torch.uint8)
-            batch = ImageBatch(pixels, list(range(train.batch_size)), [])
+            batch = Batch(list(range(train.batch_size)), pixels=pixels)
             autoencoder_state.accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
             take_step(state.optimizer, state.autoencoder, train.gradient_clip, runtime, Metrics(), "")
             state.ema.update(state.autoencoder, state.images_seen, train.batch_size)
@@ -155,25 +158,24 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
         )
 
 
-def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig, *, bf16: bool) -> FlowCost:
+def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig | FixedConfig, *, bf16: bool) -> FlowCost:
     """Cost of stage two on that autoencoder's latents. `config.model` may lack what the shards would tell."""
     config = copy.deepcopy(config)
-    config.model.resolve(list(autoencoder_config.image_size), autoencoder_config.levels)
+    config.resolve(list(autoencoder_config.image_size), autoencoder_config.levels)
     runtime, train = Runtime(CPU, bf16), config.train
     with without_values():
         autoencoder = build_autoencoder(autoencoder_config)
         with Work(tensors([autoencoder])) as work:
             state = flow_state.build_state(config, CPU)
             state.scaling = no_scaling(autoencoder_config)
-            flow = flow_state.build_flow(config.rectified_flow)
+            process = build_process(config)
             _pretend_step(state.network, state.optimizer, train.accumulate, runtime)
             gradients = sum(p.grad.nbytes for p in state.network.parameters() if p.grad is not None)
             kept = work.restart().live - gradients
-            values = sum(math.prod(shape) for shape in state.network.shapes)
-            latents, noise = (torch.empty(train.batch_size, values) for _ in range(2))
-            batch = LatentBatch(latents, noise, torch.empty(train.batch_size), [])
+            latents = empty_latents(state.network.shapes, train.batch_size)
+            positions = list(range(train.batch_size))
             with runtime.autocast():
-                flow_state.accumulate(flow, state.network, state, batch, train.accumulate)
+                flow_state.accumulate(process, state.network, state, latents, positions, Condition(), config)
             take_step(state.optimizer, state.network, train.gradient_clip, runtime, Metrics(), "")
             state.ema.update(state.network, 2 * train.batch_size, train.batch_size)
         network = state.network.eval()
@@ -228,13 +230,13 @@ def measure_decode(autoencoder: PyramidAutoencoder, runtime: Runtime) -> Use:
 
 
 def measure_evaluation(network: PyramidNCSNpp, runtime: Runtime) -> Use:
-    """One velocity of one image."""
+    """One evaluation for one image."""
     with measured(network) as work, runtime.autocast():
-        network(empty_latents(network.shapes, 1), torch.empty(1))
+        network(empty_latents(network.shapes, 1), Context(torch.empty(1), torch.empty(1)))
     return Use(work.flops, work.peak)
 
 
-def measure_sample(network: PyramidNCSNpp, autoencoder: PyramidAutoencoder, batch_size: int, *, bf16: bool) -> Use:
+def measure_sample(network: PyramidNCSNpp, autoencoder: Any, batch_size: int, *, bf16: bool) -> Use:
     """`sample`'s batch: an Euler step, which others repeat, then one image, as images are decoded one by one."""
     pipeline = PyramidPipeline(network, autoencoder, no_scaling(autoencoder.config)).to(CPU)
     with measured(network, autoencoder) as work:
@@ -246,9 +248,9 @@ def measure_sample(network: PyramidNCSNpp, autoencoder: PyramidAutoencoder, batc
     return Use(work.flops, work.peak)
 
 
-def build_autoencoder(config: AutoencoderConfig) -> PyramidAutoencoder:
+def build_autoencoder(config: AutoencoderConfig | FixedConfig) -> Any:
     """Ready for encoding and decoding; under `without_values`."""
-    return _ready(PyramidAutoencoder(config))
+    return _ready(PyramidAutoencoder(config) if isinstance(config, AutoencoderConfig) else build_fixed(config))
 
 
 def build_flow(config: FlowConfig) -> PyramidNCSNpp:
@@ -267,7 +269,7 @@ def empty_latents(shapes: Iterable[tuple[int, int, int]], batch_size: int) -> Py
     return tuple(torch.empty(batch_size, *shape) for shape in shapes)
 
 
-def no_scaling(config: AutoencoderConfig) -> LatentScaling:
+def no_scaling(config: AutoencoderConfig | FixedConfig) -> LatentScaling:
     """Every level as it is."""
     return LatentScaling(
         tuple((0.0,) * level.channels for level in config.levels),
@@ -287,7 +289,12 @@ def count(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def cache_bytes(config: AutoencoderConfig, images: int) -> int:
+def has_variance(config: AutoencoderConfig | FixedConfig) -> bool:
+    """Whether a cache holds log-variances, too."""
+    return isinstance(config, AutoencoderConfig) and config.latent == "kl"
+
+
+def cache_bytes(config: AutoencoderConfig | FixedConfig, images: int) -> int:
     """Records of `images` photographs in float16: means, log-variances unless VQ, and mirrored copies."""
     values = latent_values(config.levels, config.image_size)
-    return images * values * 2 * (2 if config.latent == "kl" else 1) * 2
+    return images * values * 2 * (2 if has_variance(config) else 1) * 2

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, load_saved
+from pyramid_ldm.config.fixed import FIXED, FixedConfig, load_stage_one
 from pyramid_ldm.data.shards import AUTOENCODER, INDEX, LatentCache
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json
@@ -79,7 +80,7 @@ def run(path: Path) -> dict[str, str]:
 class Parts:
     """What a model directory says of itself: quickly read, for a run that is training replaces it."""
 
-    autoencoder: AutoencoderConfig | None
+    autoencoder: AutoencoderConfig | FixedConfig | None
     flow: FlowConfig | None
     scales: list[float]  # mean standard deviation a level
 
@@ -96,14 +97,14 @@ def read_parts(path: Path) -> Parts | None:
             scales = [sum(level) / len(level) for level in manifest["scaling"]["std"]]
         except (KeyError, TypeError, ZeroDivisionError):
             raise UserError(f"{path / MANIFEST}: damaged; copy the model directory whole") from None
-        configs_of_both = load_saved(AutoencoderConfig, configs["autoencoder"]), load_saved(FlowConfig, configs["flow"])
+        configs_of_both = load_stage_one(configs["autoencoder"]), load_saved(FlowConfig, configs["flow"])
         return Parts(*configs_of_both, scales)
     if not (path / "config.yaml").is_file():
         return None
     if not (path / "model.safetensors").is_file():
         raise UserError(f"{path / 'model.safetensors'}: not found; copy the model directory whole")
-    if kind_of_config(path / "config.yaml") == "autoencoder":
-        return Parts(load_saved(AutoencoderConfig, path / "config.yaml"), None, [])
+    if kind_of_config(path / "config.yaml") in ("autoencoder", *FIXED):
+        return Parts(load_stage_one(path / "config.yaml"), None, [])
     return Parts(None, load_saved(FlowConfig, path / "config.yaml"), [])
 
 
@@ -139,15 +140,18 @@ def provenance(path: Path) -> dict[str, str]:
     }
 
 
-def describe_autoencoder(config: AutoencoderConfig) -> dict[str, str]:
+def describe_autoencoder(config: AutoencoderConfig | FixedConfig) -> dict[str, str]:
     """Image size, latents, parameters, FLOPs of an image."""
     with without_values():
         model = build_autoencoder(config)
         encode, decode = measure_encode(model, 1, FP32), measure_decode(model, FP32)
-        encoder, decoder = count(model.encoder), count(model.decoder)
+    images, latents = f"{config.image_size[0]}x{config.image_size[1]}", describe_latents(config)
+    if not isinstance(config, AutoencoderConfig):
+        return {"images": images, "latents": latents, "autoencoder": f"{config.KIND}: without parameters"}
+    encoder, decoder = count(model.encoder), count(model.decoder)
     return {
-        "images": f"{config.image_size[0]}x{config.image_size[1]}",
-        "latents": f"{describe_latents(config)}, {'codebooks' if config.latent == 'vq' else 'Gaussian'}",
+        "images": images,
+        "latents": f"{latents}, {'codebooks' if config.latent == 'vq' else 'Gaussian'}",
         "autoencoder": f"encoder {millions(encoder)}, decoder {millions(decoder)} parameters; "
         f"FLOPs an image: encode {flops(encode.flops)}, decode {flops(decode.flops)}",
     }
@@ -212,7 +216,7 @@ def shards(path: Path) -> dict[str, str]:
     }
     saved = path / AUTOENCODER / "config.yaml"
     if saved.is_file():
-        rows["autoencoder"] += "; " + describe_autoencoder(load_saved(AutoencoderConfig, saved))["autoencoder"]
+        rows["autoencoder"] += "; " + describe_autoencoder(load_stage_one(saved))["autoencoder"]
     return rows
 
 

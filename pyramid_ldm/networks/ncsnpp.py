@@ -2,7 +2,7 @@
 
 The backbone is NCSN++ on the finest latent. Every coarser latent has a branch: on the way down its features are added
 to the backbone at its own resolution (input skip), on the way up the backbone's features there, together with the
-branch's own, give that level's velocity (res-skip). Without coarser latents this is NCSN++.
+branch's own, give what is predicted there (res-skip). Without coarser latents this is NCSN++.
 """
 
 import math
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyramid_ldm.condition import Context
 from pyramid_ldm.config.flow import FlowConfig
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import conv2d, dropout_schedule, group_norm, linear, rescaled_sum
@@ -24,8 +25,8 @@ from pyramid_ldm.pyramid import Pyramid, level_shapes
 from pyramid_ldm.serialization import assemble, read_model, read_stored, save_model
 
 
-class TimeEmbedding(nn.Module):
-    """Fixed random Fourier features of log(999 t), then two linear layers; t of shape (B,) in (0, 1]."""
+class NoiseEmbedding(nn.Module):
+    """Fixed random Fourier features of a noise label (B,), then two linear layers: (B, 4 width)."""
 
     frequencies: Tensor
 
@@ -35,15 +36,15 @@ class TimeEmbedding(nn.Module):
         self.linear1 = linear(2 * width, 4 * width, spectral_norm=spectral_norm)
         self.linear2 = linear(4 * width, 4 * width, spectral_norm=spectral_norm)
 
-    def forward(self, t: Tensor) -> Tensor:
-        with full_precision(t.device):  # the angles reach hundreds of radians
-            angles = 2 * math.pi * torch.log(999 * t.float())[:, None] * self.frequencies
+    def forward(self, label: Tensor) -> Tensor:
+        with full_precision(label.device):  # the angles reach hundreds of radians
+            angles = 2 * math.pi * label.float()[:, None] * self.frequencies
             features = torch.cat([angles.sin(), angles.cos()], dim=1)
         embedding: Tensor = self.linear2(F.silu(self.linear1(features)))
         return embedding
 
 
-class VelocityHead(nn.Module):
+class Head(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution that starts at zero; exempt from spectral norm."""
 
     def __init__(self, width: int, channels: int) -> None:
@@ -53,8 +54,8 @@ class VelocityHead(nn.Module):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        velocity: Tensor = self.conv(F.silu(self.norm(h)))
-        return velocity
+        predicted: Tensor = self.conv(F.silu(self.norm(h)))
+        return predicted
 
 
 class _Blocks(nn.Module):
@@ -112,7 +113,7 @@ class _Factory:
 
 
 class LevelBranch(nn.Module):
-    """One coarse latent's way into the backbone and its velocity's way out."""
+    """One coarse latent's way into the backbone and its prediction's way out."""
 
     def __init__(self, channels: int, width: int, make: _Factory) -> None:
         super().__init__()
@@ -121,15 +122,15 @@ class LevelBranch(nn.Module):
         self.input = conv2d(channels, width, spectral_norm=make.config.spectral_norm)
         self.enter = _Blocks([width] * depth, width, make, attention=attention)
         self.leave = _Blocks([width] * depth, width, make, attention=attention)
-        self.head = VelocityHead(width, channels)
+        self.head = Head(width, channels)
 
     def features(self, latent: Tensor, embedding: Tensor) -> Tensor:
         """What is added to the backbone on the way down."""
         out: Tensor = self.enter(self.input(latent), embedding)
         return out
 
-    def velocity(self, backbone: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
-        """This level's velocity, from the backbone on the way up and the branch's own features."""
+    def leave_backbone(self, backbone: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
+        """This level's prediction, from the backbone on the way up and the branch's own features."""
         out: Tensor = self.head(self.leave(rescaled_sum(backbone, features), embedding))
         return out
 
@@ -148,7 +149,7 @@ class DownLevel(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """One resolution on the way up; attention once, after the last block. `head` adds to the finest velocity
+    """One resolution on the way up; attention once, after the last block. `head` adds to the finest prediction
     (NCSN++'s output skip)."""
 
     def __init__(
@@ -160,12 +161,12 @@ class UpLevel(nn.Module):
         ]
         last = [i == len(skips) - 1 and make.has_attention for i in range(len(skips))]
         self.blocks = _Blocks(inputs, width, make, attention=last)
-        self.head = VelocityHead(width, latent_channels)
+        self.head = Head(width, latent_channels)
         self.up = make.block(width, width, up) if up else None
 
 
 class PyramidNCSNpp(nn.Module):
-    """Velocity of every latent level: `network(latents, t)` with latents coarse to fine and t (B,) in (0, 1].
+    """What a process wants predicted of every latent level: `network(noisy, context)`, coarse to fine.
 
     Levels, widths and attention are in `FlowConfig`; `widths[i]` belongs to factor finest * 2^i.
     """
@@ -183,7 +184,7 @@ class PyramidNCSNpp(nn.Module):
         self.downs = [self._resampling(i, fir_down, box_down) for i in range(depth - 1)]
         self.ups = [self._resampling(i, fir_up, nearest_up) for i in range(depth - 1)]
 
-        self.time = TimeEmbedding(widths[0], scale=config.fourier_scale, spectral_norm=sn)
+        self.time = NoiseEmbedding(widths[0], scale=config.fourier_scale, spectral_norm=sn)
         self.input = conv2d(finest.channels, widths[0], spectral_norm=sn)
         arriving = [widths[0], *widths[:-1]]
         place = {factor: i for i, factor in enumerate(self.factors)}
@@ -228,9 +229,9 @@ class PyramidNCSNpp(nn.Module):
         small = min(side // self.factors[i] for side in self.config.image_size) <= 4
         return plain if small and not self.config.fir_everywhere else fir
 
-    def forward(self, latents: Pyramid, t: Tensor) -> Pyramid:
-        """Noisy latents (B, C_i, H/f_i, W/f_i), coarse to fine, and t (B,) -> velocities of the same shapes."""
-        embedding = self.time(t)
+    def forward(self, latents: Pyramid, context: Context) -> Pyramid:
+        """Noisy latents (B, C_i, H/f_i, W/f_i), coarse to fine -> predictions of the same shapes."""
+        embedding = self.time(context.label)
         by_factor = dict(zip((level.factor for level in self.levels), latents, strict=True))
         entered = {
             factor: self._branch(factor).features(by_factor[factor], embedding) for factor in list(by_factor)[:-1]
@@ -252,21 +253,21 @@ class PyramidNCSNpp(nn.Module):
 
         h = self.middle(h, embedding)
 
-        velocities: dict[int, Tensor] = {}
+        predictions: dict[int, Tensor] = {}
         finest: Tensor | None = None
         for i, rise in zip(reversed(range(len(self.factors))), cast("list[UpLevel]", self.up_levels), strict=True):
             for n in range(self.config.blocks + 1):
                 h = rise.blocks.step(n, torch.cat([h, stored.pop()], dim=1), embedding)
             factor = self.factors[i]
             if factor in entered:
-                velocities[factor] = self._branch(factor).velocity(h, entered[factor], embedding)
+                predictions[factor] = self._branch(factor).leave_backbone(h, entered[factor], embedding)
             addition = rise.head(h)
             finest = addition if finest is None else self.ups[i](finest) + addition
             if rise.up is not None:
                 h = rise.up(h, embedding)
         assert finest is not None
-        velocities[self.levels[-1].factor] = finest
-        return tuple(velocities[level.factor] for level in self.levels)
+        predictions[self.levels[-1].factor] = finest
+        return tuple(predictions[level.factor] for level in self.levels)
 
     def _branch(self, factor: int) -> LevelBranch:
         branch = self.branches[str(factor)]

@@ -1,110 +1,86 @@
-"""Rectified flow between noise and data (PDM equations 1 to 7; Liu et al. 2022).
+"""Rectified flow (PDM equations 1 to 7; Liu et al. 2022): z_t = t x + (1 - t) eps."""
 
-The one place that fixes the direction: **t = 0 is noise, t = 1 is data** (the opposite of diffusers), and a velocity
-points from noise to data.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from pyramid_ldm.processes.process import Prediction, Process, column
 from pyramid_ldm.pyramid import Pyramid
 
-Velocity = Callable[[Pyramid, Tensor], Pyramid]
-
 
 @dataclass(frozen=True)
-class FlowLoss:
-    """The objective and its parts."""
-
-    total: Tensor  # scalar: sum over levels of weight * level loss
-    levels: Tensor  # (levels,): mean squared error of each level, unweighted
-
-
-@dataclass(frozen=True)
-class RectifiedFlow:
-    """The objective on a latent pyramid.
+class RectifiedFlow(Process):
+    """The straight path. A level's shift s is its own time tau(t) = s t / (1 + (s - 1) t), whose log-SNR is t's plus
+    2 log s.
 
     Attributes:
-        eps: training draws t = min(U[eps, 1 + eps], 1); sampling runs from eps to 1 (PDM section 4.2).
-        level_weights: one a level, coarse to fine; None for 1 each. A level's loss is a *mean* over its values, so
-            that the finest level does not drown the others.
-        level_shifts: one a level, coarse to fine; None for 1 each. Level i is at its own time
-            tau_i(t) = s t / (1 + (s - 1) t): with s > 1 it becomes clear earlier than one with s = 1, and both arrive
-            at t = 1. The network still predicts Z_1 - Z_0; `field` turns that into dZ/dt.
+        eps: training draws t = min(U[eps, 1 + eps], 1); the network is never told a smaller t (PDM section 4.2).
         time_distribution: what training draws t from. "uniform" (PDM); "logit_normal": sigmoid of a standard normal
             (Esser et al. 2024), more often in the middle.
     """
 
     eps: float = 1e-3
-    level_weights: Sequence[float] | None = None
-    level_shifts: Sequence[float] | None = None
     time_distribution: str = "uniform"
 
+    NAME: ClassVar[str] = "rectified_flow"
+
     def time(self, uniform: Tensor) -> Tensor:
-        """t from uniform values in [0, 1): min(eps + u, 1), or the logit-normal's quantile of u, within [eps, 1]."""
+        """min(eps + u, 1), or the logit-normal's quantile of u, within [eps, 1]."""
         if self.time_distribution == "logit_normal":
             return torch.sigmoid(torch.special.ndtri(uniform)).clamp(self.eps, 1.0)
         return (uniform + self.eps).clamp(max=1.0)
 
-    def interpolate(self, data: Pyramid, noise: Pyramid, t: Tensor) -> Pyramid:
-        """Z_t = t Z_1 + (1 - t) Z_0 (equation 2) at each level's own time; t of shape (B,)."""
-        times = [column(shifted(t, shift)) for shift in self._shifts(data)]
-        return tuple(t_i * z1 + (1 - t_i) * z0 for t_i, z1, z0 in zip(times, data, noise, strict=True))
+    def with_uniform_time(self) -> "RectifiedFlow":
+        """The same with times drawn uniformly."""
+        return replace(self, time_distribution="uniform")
 
-    def field(self, network: Velocity, steps: int | None = None) -> Velocity:
-        """dZ/dt, to be solved, from a network that predicts Z_1 - Z_0: times d tau_i / dt = s / (1 + (s - 1) t)^2.
+    def log_snr(self, t: Tensor) -> Tensor:
+        """2 log(t / (1 - t))."""
+        return 2 * torch.logit(t)
 
-        Args:
-            steps: for Euler with so many: the mean rate over the step that follows t instead, so that a constant
-                prediction is followed exactly.
-        """
+    def coefficients(self, t: Tensor, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+        """tau and 1 - tau."""
+        tau = shift * t / (1 + (shift - 1) * t)
+        return tau, 1 - tau
+
+    def rates(self, t: Tensor, shift: float = 1.0) -> tuple[Tensor, Tensor]:
+        """tau' and -tau'."""
+        rate = shift / (1 + (shift - 1) * t) ** 2
+        return rate, -rate
+
+    def label(self, t: Tensor) -> Tensor:
+        """log(999 t), as the reference of rectified flow has it."""
+        return torch.log(999 * t)
+
+    def evaluated_at(self, t: Tensor) -> Tensor:
+        """eps + (1 - eps) t: N steps of 1 / N from noise to data, each by the velocity a little later, as the reference
+        does (steps of (1 - eps) / N would leave 0.1% of the noise in)."""
+        return self.eps + (1 - self.eps) * t if self.clean_at_end else t
+
+    def grid(self, steps: int, spacing: str = "uniform") -> list[float]:
+        """From 0; where the network does not predict the velocity, nothing can be read from it there: from eps."""
+        times = super().grid(steps, spacing)
+        return times if self.clean_at_end else [max(t, self.eps) for t in times]
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """eps to 1; where the network does not predict the velocity, which has no limit at 1, to 1 - eps."""
+        return self.eps, 1.0 if self.clean_at_end else 1 - self.eps
+
+    @property
+    def clean_at_end(self) -> bool:
+        """Whether the velocity can be asked for at t = 1."""
+        return self.prediction == "velocity"
+
+    def at_start(self, t: Tensor, shift: float = 1.0) -> Tensor:
+        """1: the noise itself, also at t = eps (PDM section 4.2)."""
+        return torch.ones_like(t)
+
+    def drift(self, prediction: Prediction, t: Tensor) -> Pyramid:
+        """tau' (x - eps)."""
         if self.level_shifts is None:
-            return network
-
-        def rate(t: Tensor, shift: float) -> Tensor:
-            if steps is None:
-                return shift / (1 + (shift - 1) * t) ** 2
-            done = (t - self.eps) / (1 - self.eps)  # k / steps, on Euler's grid
-            return steps * (shifted(done + 1 / steps, shift) - shifted(done, shift))
-
-        def field(latents: Pyramid, t: Tensor) -> Pyramid:
-            rates = [column(rate(t, shift)) for shift in self._shifts(latents)]
-            return tuple(rate * v for rate, v in zip(rates, network(latents, t), strict=True))
-
-        return field
-
-    def _shifts(self, levels: Pyramid) -> Sequence[float]:
-        return one_a_level("level_shifts", self.level_shifts, len(levels))
-
-    def loss(self, velocity: Velocity, data: Pyramid, noise: Pyramid, t: Tensor) -> FlowLoss:
-        """Sum over levels of weight_i * mean((Z_1,i - Z_0,i - v_i)^2) (equation 7)."""
-        predicted = velocity(self.interpolate(data, noise, t), t)
-        errors = torch.stack(
-            [
-                (z1 - z0 - v.float()).square().flatten(1).mean(dim=1)
-                for z1, z0, v in zip(data, noise, predicted, strict=True)
-            ]
-        )  # (levels, B)
-        weights = one_a_level("level_weights", self.level_weights, len(data))
-        levels = errors.mean(dim=1)
-        return FlowLoss((levels.new_tensor(weights) * levels).sum(), levels.detach())
-
-
-def one_a_level(name: str, values: Sequence[float] | None, levels: int) -> Sequence[float]:
-    """`values`, or ones for None. ValueError where there are not as many as levels."""
-    if values is not None and len(values) != levels:
-        raise ValueError(f"{len(values)} {name} for {levels} levels")
-    return [1.0] * levels if values is None else values
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """tau(t) = s t / (1 + (s - 1) t)."""
-    return shift * t / (1 + (shift - 1) * t)
-
-
-def column(t: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)."""
-    return t.view(-1, 1, 1, 1)
+            return prediction.velocity
+        rates = [column(self.rates(t, shift)[0]) for shift in self.shifts(len(prediction.noisy))]
+        return tuple(rate * v for rate, v in zip(rates, prediction.velocity, strict=True))

@@ -13,9 +13,7 @@ from pyramid_ldm.autoencoders.pyramid.loss import AutoencoderLoss, discriminator
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
-from pyramid_ldm.data.photographs import (
-    ImageBatch,
-)
+from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.pyramid import level_shapes, pyramid_noise
 from pyramid_ldm.training.codebook import CodebookUse
 from pyramid_ldm.training.ema import PowerEma
@@ -44,7 +42,7 @@ class State:
     images_per_step: int = 0  # 0: not begun
     data: str = ""  # fingerprint of the photographs; empty: not begun
     bad: dict[str, str] = field(default_factory=dict)  # photographs that are no images: digest, message
-    gone: set[str] = field(default_factory=set)  # others that could not be opened; found anew at every start
+    codes_used: list[tuple[Tensor, ...]] = field(default_factory=list)  # by the micro-batches of the step at hand
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -113,7 +111,7 @@ def accumulate(
     state: State,
     model: nn.Module,
     discriminator: nn.Module | None,
-    batch: ImageBatch,
+    batch: Batch,
     runtime: Runtime,
 ) -> dict[str, Tensor]:
     """One micro-batch: adds the gradients of both networks' objectives, each to its own parameters."""
@@ -139,14 +137,20 @@ def accumulate(
     if "disc" in terms:
         (disc * scale).backward()
     if state.codebook is not None:
-        state.codebook.record(output.codebook_indices, state.images_seen + 1)
+        state.codes_used.append(output.codebook_indices)
     return terms
 
 
-def revive_codes(config: AutoencoderTraining, state: State, batch: ImageBatch, before: int, runtime: Runtime) -> None:
-    """Now and then, new values for codebook entries that have not been used for long."""
+def follow_codes(config: AutoencoderTraining, state: State, batch: Batch, before: int, runtime: Runtime) -> None:
+    """After a step that began at `before` images: records the codebook entries that it used and, now and then, gives
+    new values to those that have not been used for long."""
     codebook = state.codebook
-    if codebook is None or not due(max(1, codebook.restart // 4), before, state.images_seen):
+    if codebook is None:
+        return
+    for used in state.codes_used:
+        codebook.record(used, before + 1)
+    state.codes_used.clear()
+    if not due(max(1, codebook.restart // 4), before, state.images_seen):
         return
     with torch.no_grad(), runtime.autocast():
         latents = state.autoencoder.encode(batch.images(runtime.device)).mode()

@@ -1,16 +1,18 @@
 """What a step of stage two changes, and the step's gradients."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyramid_ldm.config.flow import FlowTraining, RectifiedFlowConfig
-from pyramid_ldm.data.latents import LatentBatch
+from pyramid_ldm.condition import Condition
+from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
-from pyramid_ldm.processes.rectified_flow import RectifiedFlow
-from pyramid_ldm.pyramid import LatentScaling, unflatten
+from pyramid_ldm.processes.process import Process
+from pyramid_ldm.pyramid import LatentScaling, Pyramid, Shape, flat_noise
+from pyramid_ldm.randomness import uniform
 from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.step import NonFinite
@@ -28,7 +30,8 @@ class State:
     images_seen: int = 0
     images_per_step: int = 0  # 0: not begun
     scaling: LatentScaling | None = None  # between raw latents and the network's, from the first step on
-    cache: dict[str, Any] = field(default_factory=dict)  # what the latents are: the cache's plan and its rows
+    bad: dict[str, str] = field(default_factory=dict)  # photographs that are no images: digest, message
+    cache: dict[str, Any] = field(default_factory=dict)  # the source's identity
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -38,6 +41,7 @@ class State:
             "images_per_step": self.images_per_step,
             "scaling": self.scaling.to_dict(),
             "cache": self.cache,
+            "bad": dict(self.bad),
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -49,6 +53,7 @@ class State:
         """Strict."""
         self.images_seen, self.images_per_step = state["images_seen"], state["images_per_step"]
         self.scaling, self.cache = LatentScaling.from_dict(state["scaling"]), state["cache"]
+        self.bad = dict(state.get("bad", {}))  # older ones have none
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -71,23 +76,30 @@ def build_state(config: FlowTraining, device: torch.device) -> State:
     )
 
 
-def build_flow(config: RectifiedFlowConfig) -> RectifiedFlow:
-    """The objective that a config describes."""
-    return RectifiedFlow(**asdict(config))
-
-
 def accumulate(
-    flow: RectifiedFlow, model: nn.Module, state: State, batch: LatentBatch, micro_steps: int
+    process: Process,
+    model: nn.Module,
+    state: State,
+    raw: Pyramid,
+    positions: list[int],
+    condition: Condition,
+    config: FlowTraining,
 ) -> dict[str, Tensor]:
-    """One micro-batch: adds its gradient."""
-    network = state.network
+    """One micro-batch of raw latents: adds its gradient. Noise and time are those of the positions."""
     assert state.scaling is not None
-    device = next(network.parameters()).device
-    latents, noise, time = (x.to(device, non_blocking=True) for x in (batch.latents, batch.noise, batch.uniform))
-    data = state.scaling.scale(unflatten(latents, network.shapes))
-    loss = flow.loss(model, data, unflatten(noise, network.shapes), flow.time(time))
-    (loss.total / micro_steps).backward()
-    return {"loss": loss.total} | named_levels(network, loss.levels)
+    noise, t = draw(process, state.network.shapes, positions, config.seed, raw[0].device)
+    loss = process.loss(model, state.scaling.scale(raw), noise, t, condition)
+    (loss.total / config.train.accumulate).backward()
+    return {"loss": loss.total} | named_levels(state.network, loss.levels)
+
+
+def draw(
+    process: Process, shapes: Sequence[Shape], positions: Sequence[int], seed: int, device: torch.device
+) -> tuple[Pyramid, Tensor]:
+    """(noise, t (B,)) of training at these positions of the run, on `device`."""
+    quantiles = torch.tensor([uniform(seed, "time", position) for position in positions])
+    noise = flat_noise(shapes, seed, "noise", positions, device)
+    return noise, process.time(quantiles.to(device, non_blocking=True))
 
 
 def named_levels(network: PyramidNCSNpp, values: Tensor, prefix: str = "loss") -> dict[str, Tensor]:

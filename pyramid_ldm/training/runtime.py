@@ -120,14 +120,10 @@ class Runtime:
                     stack.enter_context(model.no_sync())
             yield
 
-    def fetch(self, stop: "StopRequest", feed: Iterator[T], count: int) -> list[T]:
-        """The next `count` items. One process alone may be interrupted while it waits; several look at signals
-        together, between steps."""
-
-        def get() -> list[T]:
-            return [next(feed) for _ in range(count)]
-
-        return stop.wait_for(get) if self.ranks == 1 else get()
+    def fetch(self, stop: "StopRequest", batches: Iterator[T]) -> T:
+        """The next one. One process alone may be interrupted while it waits; several look at signals together, between
+        steps."""
+        return stop.wait_for(lambda: next(batches)) if self.ranks == 1 else next(batches)
 
     def seed_step(self, seed: int, images_seen: int) -> None:
         """Seeds what a forward pass draws (dropout) from (seed, rank, images seen)."""

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from bench import ours
 from bench.measuring import parameters, tensors, time_once, time_runs
 from bench.settings import Settings
+from pyramid_ldm.condition import Condition
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining
-from pyramid_ldm.data.latents import LatentBatch
-from pyramid_ldm.data.photographs import ImageBatch
+from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.nn.layers import advance_spectral_norm
-from pyramid_ldm.pyramid import LatentScaling, flatten, pyramid_noise
+from pyramid_ldm.processes.build import build_process
+from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
 from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.log import Metrics
@@ -68,7 +69,7 @@ class StageOne(Step):
         device, batch = self.runtime.device, config.train.batch_size
         self.state = autoencoder_state.build_state(config, device)
         pixels = torch.randint(0, 256, (batch, *config.image_size, 3), dtype=torch.uint8)
-        self.batch = ImageBatch(pixels, [], [])
+        self.batch = Batch([], pixels=pixels)
         fill_optimizer(self.state.optimizer)
         if self.state.disc_optimizer is not None:
             fill_optimizer(self.state.disc_optimizer)
@@ -121,19 +122,20 @@ class StageTwo(Step):
         super().__init__(settings)
         self.config, self.metrics, self.batch_size = config, Metrics(), batch
         self.state = flow_state.build_state(config, self.runtime.device)
-        self.flow = flow_state.build_flow(config.rectified_flow)
+        self.process = build_process(config)
         shapes = self.state.network.shapes
         zeros, ones = (tuple((value,) * shape[0] for shape in shapes) for value in (0.0, 1.0))
         self.state.scaling = LatentScaling(zeros, ones)
-        latents, noise = (
-            flatten(pyramid_noise(shapes, 0, purpose, list(range(batch)))) for purpose in ("latents", "noise")
-        )
-        self.batch = LatentBatch(latents, noise, torch.rand(batch), [])
+        self.positions = list(range(batch))
+        noise = pyramid_noise(shapes, 0, "latents", self.positions)
+        self.latents = tuple(level.to(self.runtime.device) for level in noise)
         fill_optimizer(self.state.optimizer)
 
     def accumulate(self) -> None:
         with self.runtime.autocast():
-            flow_state.accumulate(self.flow, self.state.network, self.state, self.batch, 1)
+            flow_state.accumulate(
+                self.process, self.state.network, self.state, self.latents, self.positions, Condition(), self.config
+            )
 
     def update(self) -> None:
         state, train = self.state, self.config.train

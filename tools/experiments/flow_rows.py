@@ -11,7 +11,8 @@ from pyramid_ldm.config.base import to_yaml
 from pyramid_ldm.evaluation.frechet import Inception
 from pyramid_ldm.evaluation.reference import Reference, sample_features
 from pyramid_ldm.files import write_text
-from pyramid_ldm.pipeline import PyramidPipeline, SolverOptions
+from pyramid_ldm.pipeline import PyramidPipeline
+from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.training.train_flow import train_flow
 
 RECIPE = Path(__file__).parent / "flow.yaml"

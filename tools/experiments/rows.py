@@ -15,7 +15,7 @@ from experiments.latents import crops, latent_statistics
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, load_config
 from pyramid_ldm.config.base import to_yaml
-from pyramid_ldm.data.photographs import ImageBatch
+from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import write_text
 from pyramid_ldm.info.memory import PeakMemory
@@ -91,7 +91,7 @@ class Task:
         runtime = start(config.device, config.precision)
         state = build_state(config, runtime.device, self.row.build())
         pixels = torch.randint(0, 256, (config.train.batch_size, *config.image_size, 3), dtype=torch.uint8)
-        batch = ImageBatch(pixels, list(range(len(pixels))), [""] * len(pixels))
+        batch = Batch(list(range(len(pixels))), pixels=pixels)
         seconds = []
         for _ in range(4):
             began = time.perf_counter()

@@ -146,6 +146,16 @@ class PyramidAutoencoder(nn.Module):
                     part.compile(**options)
 
     @property
+    def image_size(self) -> list[int]:
+        """[H, W]."""
+        return list(self.config.image_size)
+
+    @property
+    def has_variance(self) -> bool:
+        """KL has one; VQ has not."""
+        return self.config.latent == "kl"
+
+    @property
     def level_names(self) -> list[str]:
         """ "4x4" (height x width) a level, coarse to fine."""
         return [f"{h}x{w}" for _, h, w in level_shapes(self.levels, self.config.image_size)]

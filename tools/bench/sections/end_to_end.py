@@ -15,7 +15,7 @@ from bench.settings import Item, Settings
 from bench.tables import IMAGES, PEAK, RATIO, RSS, TIME
 from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.data.images import to_pil
-from pyramid_ldm.pipeline import SolverOptions
+from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, Pyramid, pyramid_noise
 
 CONFIG, EULER, RK45, DDIM, BATCH = "people2k", 200, 70, 50, 4
@@ -45,7 +45,7 @@ def pipeline(settings: Settings) -> PyramidPipeline:
 def measure_item(item: Item, settings: Settings) -> Figures:
     """Euler as a user calls it; RK45's parts, since its steps on random weights say nothing."""
     pipe, images = pipeline(settings), item.params["images"]
-    existing = [*pipe.flow.parameters(), *pipe.autoencoder.parameters()]
+    existing = [*pipe.network.parameters(), *pipe.autoencoder.parameters()]
     bf16 = settings.precision == "bf16"
     with tempfile.TemporaryDirectory(prefix="pyramid-bench-") as folder:
 
@@ -64,7 +64,7 @@ def measure_item(item: Item, settings: Settings) -> Figures:
 def rk45_parts(pipe: PyramidPipeline, folder: Path, settings: Settings) -> Figures:
     """An evaluation inside RK45, decoding and writing, each measured; their sum computed."""
     bf16 = settings.precision == "bf16"
-    noise = pyramid_noise(pipe.flow.shapes, 0, "sample", [0])
+    noise = pyramid_noise(pipe.network.shapes, 0, "sample", [0])
     evaluations: list[int] = []
 
     def solve() -> Pyramid:

@@ -14,7 +14,9 @@ from bench.results import Figures
 from bench.section import Section
 from bench.settings import Item, Settings
 from bench.tables import TIME, Column, significant
-from pyramid_ldm.processes.solvers import euler, rk45
+from pyramid_ldm.processes.process import Prediction
+from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.processes.solvers import SolverOptions, solve
 from pyramid_ldm.pyramid import Pyramid, flatten, pyramid_noise, unflatten
 
 BATCH, STEPS, EPS, TOLERANCE = 8, 100, 1e-3, 1e-5
@@ -57,6 +59,16 @@ def measure_item(item: Item, settings: Settings) -> Figures:
     return figures
 
 
+def by_ours(solver: str, velocity: Any, noise: Pyramid) -> Callable[[], object]:
+    """On rectified flow."""
+
+    def predict(noisy: Pyramid, t: Tensor, told: Tensor) -> Prediction:
+        rows = told.to(noisy[0].device, torch.float32).expand(noisy[0].shape[0])
+        return Prediction("velocity", velocity(noisy, rows), noisy, (), ())
+
+    return lambda: solve(SolverOptions(solver, steps=STEPS), RectifiedFlow(), predict, noise)
+
+
 def flat_field(velocity: Any, shapes: list[tuple[int, int, int]]) -> Callable[[Tensor, Tensor], Tensor]:
     """The velocity of a state (B, D)."""
     return lambda t, state: flatten(velocity(unflatten(state, shapes), t.float().expand(BATCH)))
@@ -86,8 +98,8 @@ def solve_scipy(velocity: Any, noise: Pyramid, shapes: list[tuple[int, int, int]
 
 
 SOLVE: dict[str, Callable[..., Callable[[], object]]] = {
-    "ours: euler": lambda velocity, noise, shapes: lambda: euler(velocity, noise, steps=STEPS),
-    "ours: rk45": lambda velocity, noise, shapes: lambda: rk45(velocity, noise),
+    "ours: euler": lambda velocity, noise, shapes: by_ours("euler", velocity, noise),
+    "ours: rk45": lambda velocity, noise, shapes: by_ours("rk45", velocity, noise),
     "torchdiffeq dopri5, flat": solve_dopri5,
     "scipy RK45, flat": solve_scipy,
 }
