@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import at
 
+from pyramid_ldm.autoencoders.load import load_autoencoder
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.condition import Context
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
@@ -22,6 +23,7 @@ RATIOS = {
     "people2k": 204.8,
     "scapes2k": 204.8,
 }
+FIXED_SHAPES = {"demo_pixels": (3, 32, 32), "demo_wavelet": (12, 32, 32)}
 LATENTS = {
     "celebahq_1024": [(64, 8, 8), (32, 16, 16)],
     "people2k": [(64, 1, 1), (60, 4, 4), (48, 8, 8), (32, 16, 16), (48, 32, 32)],
@@ -30,12 +32,21 @@ LATENTS = {
 SIDES = {"photographs_256": [1, 4, 8, 16], "lsun_bedrooms_256": [1, 4, 8, 16], "lsun_churches_256": [4, 8, 16, 32]}
 
 
-def test_both_folders_hold_the_same_seven_and_one_codebook():
+def test_both_folders_hold_the_same_nine_and_one_codebook():
     names = {
         kind: {p.stem for p in (ROOT / kind).glob("*.yaml")} for kind in ("autoencoder_configs", "diffusion_configs")
     }
-    assert names["diffusion_configs"] == RATIOS.keys()
-    assert names["autoencoder_configs"] == RATIOS.keys() | {"demo_vq"}
+    assert names["diffusion_configs"] == RATIOS.keys() | FIXED_SHAPES.keys()
+    assert names["autoencoder_configs"] == RATIOS.keys() | FIXED_SHAPES.keys() | {"demo_vq"}
+
+
+@pytest.mark.parametrize("name", FIXED_SHAPES)
+def test_a_stage_one_without_parameters_and_its_network(name):
+    autoencoder = load_autoencoder(ROOT / f"autoencoder_configs/{name}.yaml")
+    config = load_config(FlowTraining, ROOT / f"diffusion_configs/{name}.yaml", ["data.root=x"])
+    assert config.data.autoencoder == f"autoencoder_configs/{name}.yaml"
+    config.resolve(autoencoder.image_size, autoencoder.levels)
+    assert PyramidNCSNpp(config.model).shapes == [FIXED_SHAPES[name]]
 
 
 def test_the_demos_flow_takes_the_latents_of_a_codebook():

@@ -36,6 +36,13 @@ def find_config(name: str, kind: str) -> Path:
     raise UserError(f"{name}: no such config file{hint or f'; those that come with the package are in {kind}/'}")
 
 
+def find_stage_one(name: str) -> Path:
+    """A run, a model directory or a config of stage one; a shipped config also without being in a clone."""
+    path = Path(os.path.expanduser(name))
+    shipped_config = not path.exists() and name in {f"{KINDS[0]}/{config.name}" for config in shipped(KINDS[0])}
+    return find_config(name, KINDS[0]) if shipped_config else path
+
+
 class Number:
     """What argparse calls with an option's text: a number within bounds."""
 

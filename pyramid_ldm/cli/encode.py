@@ -2,7 +2,18 @@
 
 import argparse
 
-from pyramid_ldm.cli.common import MOST, Number, add_device, add_photographs, folder, quoted, share, shipped, whole
+from pyramid_ldm.cli.common import (
+    MOST,
+    Number,
+    add_device,
+    add_photographs,
+    find_stage_one,
+    folder,
+    quoted,
+    share,
+    shipped,
+    whole,
+)
 
 NAME = "encode"
 HELP = "photographs to latent shards with a trained autoencoder (run again to resume)"
@@ -11,7 +22,12 @@ EXAMPLE = "pyramid-ldm encode runs/scapes2k-ae --data photos/ --out latents/"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """AE_RUN --data --out and how."""
-    parser.add_argument("autoencoder", metavar="AE_RUN", type=folder, help="a run directory of train-ae")
+    parser.add_argument(
+        "autoencoder",
+        metavar="AE_RUN",
+        type=find_stage_one,
+        help="a run directory of train-ae, or a config of pixels or wavelets",
+    )
     parser.add_argument("--out", type=folder, required=True, help="shard directory")
     parser.add_argument(
         "--crops", type=whole(0, 10**6), default=0, help="random crops an image (default: the centre crop)"
@@ -79,7 +95,7 @@ def fitting_config(arguments: argparse.Namespace) -> str:
     from pyramid_ldm.errors import UserError
 
     plan = Plan.from_dict(read_index(arguments.out)["plan"])
-    name = arguments.autoencoder.resolve().name.removesuffix("-ae")
+    name = arguments.autoencoder.resolve().name.removesuffix(".yaml").removesuffix("-ae")
     every = sorted(shipped("diffusion_configs"), key=lambda path: (path.stem != name, path.stem != "photographs_256"))
     for path in every:
         config = load_config(FlowTraining, path, ["data.shards=x"])

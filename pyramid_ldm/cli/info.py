@@ -49,9 +49,10 @@ def run(arguments: argparse.Namespace) -> bool:
         print(WORKING, file=sys.stderr)
         print(report_autoencoder(config, runtime))
     else:
-        source = arguments.autoencoder
-        if source is not None:
-            source = Path(source) if Path(source).exists() else find_config(source, KINDS[0])
+        named = arguments.autoencoder or config.data.autoencoder
+        source = None if named is None else Path(named)
+        if source is not None and not source.exists():
+            source = find_config(str(named), KINDS[0])
         autoencoder = find_autoencoder(config, source)
         print(WORKING, file=sys.stderr)
         print(report_flow(config, autoencoder, runtime))

@@ -19,8 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> bool:
     """Whether training reached its end."""
     from pyramid_ldm.config import AutoencoderTraining, load_config
+    from pyramid_ldm.config.fixed import FIXED, kind_of
+    from pyramid_ldm.errors import UserError
 
-    config = load_config(AutoencoderTraining, find_config(arguments.config, KIND), arguments.overrides)
+    path = find_config(arguments.config, KIND)
+    if kind_of(path) in FIXED:
+        raise UserError(
+            f"{path}: there is nothing to train; give it to encode, or to train-flow as data.autoencoder={path}"
+        )
+    config = load_config(AutoencoderTraining, path, arguments.overrides)
     from pyramid_ldm.training.train_autoencoder import train_autoencoder
 
     directory, finished = train_autoencoder(config)

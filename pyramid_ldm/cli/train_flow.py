@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from pyramid_ldm.cli.common import add_training, find_config, first_process, quoted
+from pyramid_ldm.cli.common import add_training, find_config, find_stage_one, first_process, quoted
 
 NAME = "train-flow"
-HELP = "stage two: train the flow network on latent shards (run again to resume)"
+HELP = "stage two: train the network on latent shards, or on photographs (run again to resume)"
 EXAMPLE = "pyramid-ldm train-flow diffusion_configs/scapes2k.yaml data.shards=latents/"
 KIND = "diffusion_configs"
 
@@ -21,6 +21,8 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.config import FlowTraining, load_config
 
     config = load_config(FlowTraining, find_config(arguments.config, KIND), arguments.overrides)
+    if config.data.autoencoder is not None:
+        config.data.autoencoder = str(find_stage_one(config.data.autoencoder))
     from pyramid_ldm.training.train_flow import train_flow
 
     directory, finished = train_flow(config)

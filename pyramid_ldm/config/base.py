@@ -105,6 +105,8 @@ def _take_heading(schema: Any, path: Path, tree: Tree) -> bool:
         return False
     if kind != schema.KIND:
         raise UserError(f"{path}: is a config of kind {kind}, not {schema.KIND}")
+    if text is None:  # written by hand
+        return False
     if not (isinstance(text, str) and WHOLE.fullmatch(text) and 0 <= int(text) <= FORMAT):
         raise UserError(f"{path}: format {text}, this version reads up to {FORMAT}; install the version that wrote it")
     _add_older(schema, tree, int(text))

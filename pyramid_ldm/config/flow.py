@@ -77,7 +77,8 @@ class FlowConfig(Section):
 
 
 class FlowDataConfig(Section):
-    """A shard directory made by `encode`, or photographs and the autoencoder that they go through on the way."""
+    """A shard directory made by `encode`, which holds its autoencoder; or photographs and the autoencoder that they go
+    through on the way."""
 
     NAME = "data"
 
@@ -97,10 +98,13 @@ class FlowDataConfig(Section):
 
     def check(self) -> None:
         """UserError unless it names one source of latents."""
-        if self.root is None and self.autoencoder is None:
-            require(self.shards is not None, "data.shards is not set; give it as data.shards=VALUE")
+        if self.shards is not None:
+            require(self.root is None, "data.shards and data.root are both given; leave one of them out")
             return
-        require(self.shards is None, "data.shards already holds latents; leave out data.root and data.autoencoder")
+        require(
+            self.root is not None or self.autoencoder is not None,
+            "data.shards is not set; give it as data.shards=VALUE",
+        )
         require(self.root is not None, "data.root is not set; give the photographs as data.root=VALUE")
         require(
             self.autoencoder is not None, "data.autoencoder is not set; give whose latents as data.autoencoder=VALUE"

@@ -78,13 +78,10 @@ def _load(schema: type[Schema], path: Path, overrides: Sequence[str]) -> Schema:
 
 
 def find_autoencoder(config: FlowTraining, source: Path | None) -> AutoencoderConfig | FixedConfig:
-    """The autoencoder whose latents a flow learns: of a config, run or model directory `source`, else of the shards or
-    of `data.autoencoder`.
+    """The autoencoder whose latents a flow learns: of a config, run or model directory `source`, else of the shards.
 
     Raises UserError where there is neither.
     """
-    if source is None and config.data.autoencoder is not None:
-        source = Path(config.data.autoencoder)
     if source is None:
         saved = Path(config.data.shards or "") / AUTOENCODER / "config.yaml"
         if saved.is_file():
