@@ -54,9 +54,7 @@ class Views(Dataset[tuple[Tensor | BadFile, int]]):
 
     def __init__(self, views: Sequence[View], plan: Plan) -> None:
         self.views, self.plan = views, plan
-        self.look = Preprocessing(
-            (plan.image_size[0], plan.image_size[1]), "random", plan.zoom, plan.flip, plan.upscale
-        )
+        self.cut = Preprocessing((plan.image_size[0], plan.image_size[1]), "random", plan.zoom, plan.flip, plan.upscale)
         self.loaded: tuple[View, Tensor] | None = None  # a mirrored view follows its plain one: one decoding for both
 
     def __getitem__(self, index: int) -> tuple[Tensor | BadFile, int]:
@@ -65,9 +63,9 @@ class Views(Dataset[tuple[Tensor | BadFile, int]]):
         if self.loaded is None or self.loaded[0] != plain:
             place = (1.0, 0.5, 0.5)
             if view.crop > 0:
-                place = self.look.place(self.plan.seed, "crop-", int(view.file.digest[:8], 16), view.crop)
+                place = self.cut.place(self.plan.seed, "crop-", int(view.file.digest[:8], 16), view.crop)
             try:
-                pixels = load_pixels(view.file.path, self.look.image_size, place, upscale=self.look.upscale)
+                pixels = load_pixels(view.file.path, self.cut.image_size, place, upscale=self.cut.upscale)
             except UnreadableImage as error:
                 return BadFile(view.file.digest, str(error), error.of_content), index
             self.loaded = plain, pixels

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pyramid_ldm.autoencoders.load import build_autoencoder, read_autoencoder
 from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.condition import Condition, Context
-from pyramid_ldm.config import FlowConfig
+from pyramid_ldm.config import NCSNppConfig
 from pyramid_ldm.data.images import to_pil
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json, sha256, write_json
@@ -246,7 +246,7 @@ def _read(home: Path) -> tuple[Any, Stored, Stored, str]:
     """All that a pipeline is made of, before anything is made."""
     return (
         read_json(home / MANIFEST, "copy the model directory whole"),
-        read_stored(home / "flow", FlowConfig),
+        read_stored(home / "flow", NCSNppConfig),
         read_autoencoder(home / "autoencoder"),
         sha256(home / "flow" / "model.safetensors")[:16],
     )

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.evaluation.figures import grid
 from pyramid_ldm.evaluation.progress import Progress
+from pyramid_ldm.evaluation.sheets import grid
 from pyramid_ldm.files import append_line, write_text
 from pyramid_ldm.ownership import mark, marker_of
 from pyramid_ldm.pictures import is_whole, read_record, write_png

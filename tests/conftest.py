@@ -14,7 +14,7 @@ from torch import nn
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.condition import Context
-from pyramid_ldm.config import AutoencoderConfig, FlowConfig
+from pyramid_ldm.config import AutoencoderConfig, NCSNppConfig
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig
 from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.encode import EncodeOptions, encode
@@ -78,14 +78,14 @@ def tiny_autoencoder(**changes) -> PyramidAutoencoder:
     return PyramidAutoencoder(tiny_autoencoder_config(**changes))
 
 
-def tiny_flow_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> FlowConfig:
+def tiny_network_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> NCSNppConfig:
     settings = {"widths": [16, 16], "blocks": 1, "dropout": 0.0, "fourier_scale": 1.0} | changes
-    return FlowConfig(image_size=list(image_size), levels=[Level(f, c) for f, c in levels], **settings)
+    return NCSNppConfig(image_size=list(image_size), levels=[Level(f, c) for f, c in levels], **settings)
 
 
-def tiny_flow(**changes) -> PyramidNCSNpp:
+def tiny_network(**changes) -> PyramidNCSNpp:
     torch.manual_seed(0)
-    return PyramidNCSNpp(tiny_flow_config(**changes))
+    return PyramidNCSNpp(tiny_network_config(**changes))
 
 
 def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import randomise, tiny_autoencoder, tiny_flow
+from conftest import randomise, tiny_autoencoder, tiny_network
 from PIL import Image
 from torch.distributed.run import get_args_parser
 
@@ -47,7 +47,7 @@ def ae_run(tmp_path):
 @pytest.fixture
 def flow_run(tmp_path):
     scaling = LatentScaling(((0.0,) * 6, (0.0,) * 4), ((1.0,) * 6, (1.0,) * 4))
-    PyramidPipeline(randomise(tiny_flow()), tiny_autoencoder(), scaling).save_pretrained(tmp_path / "flow/model")
+    PyramidPipeline(randomise(tiny_network()), tiny_autoencoder(), scaling).save_pretrained(tmp_path / "flow/model")
     return tmp_path / "flow"
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import at, randomise, tiny_autoencoder, tiny_flow
+from conftest import at, randomise, tiny_autoencoder, tiny_network
 from torch._dynamo.utils import counters
 
 from pyramid_ldm.autoencoders.pyramid.regions import Regions
@@ -43,7 +43,7 @@ def test_stage_one_with_regions_that_move():
 
 def test_stage_two():
     torch._dynamo.reset()
-    eager = randomise(tiny_flow(), 0.05)
+    eager = randomise(tiny_network(), 0.05)
     model = copy.deepcopy(eager)
     compiled = RUNTIME.wrap(model, compile_model=True)
     latents, context = pyramid_noise(eager.shapes, 0, "noise", [0, 1]), at(0.2, 0.8)

@@ -3,13 +3,13 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
-from conftest import tiny_autoencoder_config, tiny_flow_config
+from conftest import tiny_autoencoder_config, tiny_network_config
 
 from pyramid_ldm.config import (
     AutoencoderConfig,
     AutoencoderTraining,
-    FlowConfig,
     FlowTraining,
+    NCSNppConfig,
     load_config,
     load_saved,
     save_config,
@@ -100,7 +100,7 @@ def test_attention_factors_are_resolved_from_the_image_size(load):
     assert load("model.attention.max_tokens=7").model.attention.factors == []
     assert load("model.attention.factors=[16]").model.attention.factors == [16]
     # latents of factor 8 for 256x256 have 1024 positions
-    flow = tiny_flow_config((256, 256), ((16, 6), (8, 4)), attention_tokens=256)
+    flow = tiny_network_config((256, 256), ((16, 6), (8, 4)), attention_tokens=256)
     assert flow.attention_factors == [16]
 
 
@@ -269,7 +269,7 @@ def test_rules_of_the_levels(refusal, levels, fault):
     text = ", ".join(f"{{factor: {f}, channels: {c}}}" for f, c in levels)
     assert re.search(fault, refusal(f"model.levels=[{text}]"))
     with pytest.raises(UserError, match=fault):  # as stage two hears it, from its shards
-        FlowConfig().resolve([32, 64], [Level(f, c) for f, c in levels])
+        NCSNppConfig().resolve([32, 64], [Level(f, c) for f, c in levels])
 
 
 def test_a_level_without_channels_is_named_where_it_was_given(refusal):
@@ -279,10 +279,10 @@ def test_a_level_without_channels_is_named_where_it_was_given(refusal):
     )
 
 
-@pytest.mark.parametrize("config", [tiny_autoencoder_config(), tiny_flow_config()], ids=["autoencoder", "flow"])
+@pytest.mark.parametrize("config", [tiny_autoencoder_config(), tiny_network_config()], ids=["autoencoder", "flow"])
 def test_a_saved_model_config_loads_equal(tmp_path, config):
     save_config(config, tmp_path / "config.yaml")
-    schema = AutoencoderConfig if isinstance(config, AutoencoderConfig) else FlowConfig
+    schema = AutoencoderConfig if isinstance(config, AutoencoderConfig) else NCSNppConfig
     assert load_saved(schema, tmp_path / "config.yaml") == config
 
 

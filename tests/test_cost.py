@@ -4,7 +4,7 @@ import gc
 
 import pytest
 import torch
-from conftest import tiny_autoencoder, tiny_autoencoder_config, tiny_flow
+from conftest import tiny_autoencoder, tiny_autoencoder_config, tiny_network
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pyramid_ldm.condition import Condition
 from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
 from pyramid_ldm.config.common import TrainConfig
-from pyramid_ldm.config.flow import FlowConfig, FlowDataConfig
+from pyramid_ldm.config.flow import FlowDataConfig, NCSNppConfig
 from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.info.budget import free_memory, remedy, verdict
 from pyramid_ldm.info.cost import (
@@ -61,7 +61,7 @@ def stage_one(tmp_path) -> AutoencoderTraining:
 
 
 def stage_two() -> FlowTraining:
-    model = FlowConfig(widths=[16, 16], blocks=1, dropout=0.2)
+    model = NCSNppConfig(widths=[16, 16], blocks=1, dropout=0.2)
     return FlowTraining(run_dir="x", data=FlowDataConfig(shards="x"), train=TrainConfig(batch_size=8), model=model)
 
 
@@ -230,7 +230,7 @@ def test_the_estimated_step_of_stage_two_is_the_real_one():
                 flow_state.accumulate(flow, state.network, state, latents, list(range(8)), Condition(), config)
             take_step(state.optimizer, state.network, 1.0, runtime, Metrics(), "")
     assert cost.step.peak == pytest.approx(memory.peak, rel=0.02)
-    assert cost.parameters == sum(p.numel() for p in tiny_flow(dropout=0.2, fourier_scale=16.0).parameters())
+    assert cost.parameters == sum(p.numel() for p in tiny_network(dropout=0.2, fourier_scale=16.0).parameters())
     assert cost.evaluation.flops > 0
     assert cost.sample.peak > 4 * cost.parameters
 

@@ -7,7 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_flow
+from conftest import randomise, tiny_network
 from torch import nn
 
 from pyramid_ldm.config.common import TrainConfig
@@ -75,7 +75,7 @@ def test_tracks_go_by_name_not_by_order():
 
 
 def test_export_averages_weights_copies_buffers_and_folds():
-    network = randomise(tiny_flow())
+    network = randomise(tiny_network())
     ema = PowerEma(network, [0.1])
     before = deepcopy(network)
     randomise(network, 0.3)

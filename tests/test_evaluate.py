@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import lively_autoencoder, randomise, tiny_flow
+from conftest import lively_autoencoder, randomise, tiny_network
 from PIL import Image
 
 from pyramid_ldm.cli import main
@@ -48,7 +48,7 @@ def inception(tmp_path_factory):
 def flow(tmp_path_factory):
     """A pipeline of random networks, as a run directory holds it."""
     run = tmp_path_factory.mktemp("flow")
-    network = randomise(tiny_flow())
+    network = randomise(tiny_network())
     scaling = LatentScaling(((0.0,), (0.0,)), ((1.0,), (1.0,)))
     PyramidPipeline(network, lively_autoencoder(), scaling).save_pretrained(run / "model")
     return run

@@ -6,7 +6,7 @@ a few Adam steps amplify that; a changed constant, a lost term or another initia
 
 import pytest
 import torch
-from conftest import tiny_autoencoder, tiny_flow
+from conftest import tiny_autoencoder, tiny_network
 
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
@@ -43,7 +43,7 @@ def test_autoencoder():
 
 
 def test_flow():
-    model = tiny_flow()
+    model = tiny_network()
     data, noise = (pyramid_noise(model.shapes, seed, "golden", [0, 1]) for seed in (1, 2))
     t = torch.tensor([0.2, 0.8])
     assert curve(model, lambda: RectifiedFlow().loss(model, data, noise, t).total) == pytest.approx(FLOW, rel=1e-3)

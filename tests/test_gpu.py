@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_autoencoder, tiny_flow
+from conftest import randomise, tiny_autoencoder, tiny_network
 from test_training import AE_CONFIG, FLOW_CONFIG
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -239,7 +239,7 @@ def test_stage_one_at_2048x2048_fits_with_lpips_and_gan(regions, limit, device):
 
 
 def pipeline(device) -> PyramidPipeline:
-    flow, autoencoder = randomise(tiny_flow(), 0.05), randomise(tiny_autoencoder(), 0.05)
+    flow, autoencoder = randomise(tiny_network(), 0.05), randomise(tiny_autoencoder(), 0.05)
     return PyramidPipeline(flow, autoencoder, no_scaling(flow.shapes)).to(device)
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, lively_autoencoder, tiny_autoencoder, tiny_flow
+from conftest import CPU, lively_autoencoder, tiny_autoencoder, tiny_network
 from test_cli import complaint
 from test_training import AE_CONFIG, FLOW_CONFIG
 
@@ -13,7 +13,7 @@ from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config, s
 from pyramid_ldm.files import read_json, sealed, write_json
 from pyramid_ldm.info import budget
 from pyramid_ldm.info.budget import find_autoencoder, load_training
-from pyramid_ldm.info.cost import FlowCost, Use
+from pyramid_ldm.info.cost import NetworkCost, Use
 from pyramid_ldm.pipeline import PyramidPipeline
 from pyramid_ldm.pyramid import LatentScaling, Level
 from pyramid_ldm.training import autoencoder_state, flow_state
@@ -49,7 +49,7 @@ def flow_run(tmp_path_factory):
     (run / "flow.yaml").write_text(FLOW_CONFIG)
     config = load_config(FlowTraining, run / "flow.yaml", ["data.shards=latents"])
     save_config(config, run / "config.yaml")
-    network = tiny_flow()
+    network = tiny_network()
     scaling = LatentScaling(((0.0,) * 6, (0.0,) * 4), ((2.0,) * 6, (0.5,) * 4))
     PyramidPipeline(network, tiny_autoencoder(), scaling).save_pretrained(run / "model")
     config.model = network.config
@@ -132,7 +132,7 @@ def test_the_cost_of_configs(capsys, monkeypatch, tmp_path, ae_run, finished):
     assert "at train.batch_size=3, fp32" in rows["memory, training"]
     assert rows["verdict"].startswith("fits: ")
     use = Use(2 * 10**12, 3 * 2**30)
-    monkeypatch.setattr(budget, "estimate_flow", lambda *_, bf16: FlowCost(5_000_000, 2**30, use, use, use))
+    monkeypatch.setattr(budget, "estimate_flow", lambda *_, bf16: NetworkCost(5_000_000, 2**30, use, use, use))
     rows = info(capsys, "--cost", flow, "--autoencoder", ae)
     assert rows["memory, training"].startswith("3.0 GiB at train.batch_size=4, fp32; 1.0 GiB of it")
     assert rows["latents"] == "2x2x6 + 4x4x4, 1:34.9"

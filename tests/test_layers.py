@@ -2,7 +2,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import at, randomise, tiny_autoencoder, tiny_flow
+from conftest import at, randomise, tiny_autoencoder, tiny_network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,7 +104,7 @@ def test_spectral_gradient_is_that_of_the_quotient():
 
 
 def test_folding_keeps_the_function_and_leaves_a_copy_alone():
-    network = randomise(tiny_flow()).eval()
+    network = randomise(tiny_network()).eval()
     advance_spectral_norm(network, 100)
     latents, context = (torch.randn(1, 6, 2, 2), torch.randn(1, 4, 4, 4)), at(0.3)
     expected = network(latents, context)
@@ -119,7 +119,7 @@ def test_folding_keeps_the_function_and_leaves_a_copy_alone():
 
 
 def test_every_layer_of_the_flow_but_the_heads_is_normalised():
-    network = tiny_flow()
+    network = tiny_network()
     plain = {
         name
         for name, module in network.named_modules()
@@ -127,7 +127,7 @@ def test_every_layer_of_the_flow_but_the_heads_is_normalised():
     }
     assert plain
     assert all(name.endswith("head.conv") for name in plain), plain
-    assert not [m for m in tiny_flow(spectral_norm=False).modules() if isinstance(m, SpectralNorm)]
+    assert not [m for m in tiny_network(spectral_norm=False).modules() if isinstance(m, SpectralNorm)]
 
 
 def test_zero_convolution_is_zero_and_still_learns():
@@ -193,7 +193,7 @@ def test_fir_would_dim_small_levels_which_is_why_they_use_boxes():
     assert fir_down(torch.ones(1, 1, 2, 2)).mean() == pytest.approx(0.5625)
     assert fir_down(torch.ones(1, 1, 4, 4)).mean() == pytest.approx(0.766, abs=1e-3)
     assert box_down(torch.ones(1, 1, 2, 2)).mean() == 1
-    network = tiny_flow(image_size=(64, 64), levels=((64, 4), (8, 4)), widths=[16] * 4)
+    network = tiny_network(image_size=(64, 64), levels=((64, 4), (8, 4)), widths=[16] * 4)
     assert network.downs == [fir_down, box_down, box_down]
     assert network.ups == [fir_up, nearest_up, nearest_up]
 

@@ -5,7 +5,7 @@ import torch
 from conftest import at, randomise
 from torch import nn
 
-from pyramid_ldm.config import FlowConfig
+from pyramid_ldm.config import NCSNppConfig
 from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.pyramid import Level
 
@@ -33,7 +33,7 @@ def reference():
 
 
 def ours():
-    config = FlowConfig(
+    config = NCSNppConfig(
         image_size=[32, 32],
         levels=[Level(1, 3)],
         widths=WIDTHS,

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_autoencoder, tiny_flow
+from conftest import randomise, tiny_autoencoder, tiny_network
 
 from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
@@ -19,7 +19,7 @@ def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     scaling = LatentScaling(((0.0,) * 6, (0.5,) * 4), ((2.0,) * 6, (0.5, 1.0, 2.0, 3.0)))
     pipeline = PyramidPipeline(
-        randomise(tiny_flow(), 0.05), randomise(tiny_autoencoder(), 0.05).eval(), scaling, RectifiedFlow(eps=2e-3)
+        randomise(tiny_network(), 0.05), randomise(tiny_autoencoder(), 0.05).eval(), scaling, RectifiedFlow(eps=2e-3)
     )
     pipeline.save_pretrained(folder / "model")
     return folder

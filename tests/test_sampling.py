@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import randomise, tiny_autoencoder, tiny_flow
+from conftest import randomise, tiny_autoencoder, tiny_network
 from PIL import Image
 
 from pyramid_ldm import PyramidPipeline
@@ -24,7 +24,7 @@ def flows(tmp_path_factory):
     found = []
     for number in range(2):
         run = tmp_path_factory.mktemp("flow")
-        network = randomise(tiny_flow(), 0.05 + 0.01 * number)
+        network = randomise(tiny_network(), 0.05 + 0.01 * number)
         PyramidPipeline(network, tiny_autoencoder().eval(), SCALING).save_pretrained(run / "model")
         found.append(run)
     return found

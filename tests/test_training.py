@@ -441,9 +441,9 @@ def test_figures_are_of_the_whole_share_and_of_as_many_training_images(home, pho
     looked = []
     crops = train_autoencoder.crops_to_examine
 
-    def watch(files, look, *rest):
-        looked.append((len(files), look.crop))
-        return crops(files, look, *rest)
+    def watch(files, cut, *rest):
+        looked.append((len(files), cut.crop))
+        return crops(files, cut, *rest)
 
     monkeypatch.setattr(train_autoencoder, "crops_to_examine", watch)
     words = ["data.validation=0.5", "data.crop=random", "data.zoom=1.5", "train.images=8", "log.pictures=2",
@@ -454,8 +454,8 @@ def test_figures_are_of_the_whole_share_and_of_as_many_training_images(home, pho
     for split, files in (("held_out", held_out), ("train", train)):
         model = PyramidAutoencoder.from_pretrained(tmp_path / "ae")
         expected = []
-        look = Preprocessing((32, 32), "random", 1.5)
-        for _, crop in crops(files, look, 0, []):
+        cut = Preprocessing((32, 32), "random", 1.5)
+        for _, crop in crops(files, cut, 0, []):
             decoded = model.decode(model.encode(crop[None]).mode()).detach().clamp(-1, 1)
             expected.append(float(10 * torch.log10(4 / (decoded - crop).square().mean())))
         found = logged(tmp_path / "ae", f"{split}_psnr")[8]

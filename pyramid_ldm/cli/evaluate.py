@@ -16,7 +16,7 @@ EXAMPLE = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN --data and how."""
+    """RUN, --data and what else."""
     parser.add_argument("run_or_pictures", metavar="RUN", type=folder, help="a run of either stage, or pictures")
     add_photographs(parser, held_out=True)
     parser.add_argument(
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> bool:
     runtime = start(arguments.device, arguments.precision)
     if runtime.ranks > 1:
         raise UserError("evaluate runs in one process; `sample` draws in several, then evaluate its folder")
-    how = Evaluation(
+    settings = Evaluation(
         device=runtime.device,
         bf16=runtime.bf16,
         inception=arguments.inception,
@@ -65,5 +65,5 @@ def run(arguments: argparse.Namespace) -> bool:
         options=options,
         batch_size=arguments.batch_size,
     )
-    report(arguments.run_or_pictures, arguments.data, how, arguments.out)
+    report(arguments.run_or_pictures, arguments.data, settings, arguments.out)
     return True

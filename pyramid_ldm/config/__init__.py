@@ -2,13 +2,13 @@
 
 from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
 from pyramid_ldm.config.base import load_config, load_saved, save_config
-from pyramid_ldm.config.flow import FlowConfig, FlowTraining
+from pyramid_ldm.config.flow import FlowTraining, NCSNppConfig
 
 __all__ = [
     "AutoencoderConfig",
     "AutoencoderTraining",
-    "FlowConfig",
     "FlowTraining",
+    "NCSNppConfig",
     "load_config",
     "load_saved",
     "save_config",

@@ -20,7 +20,7 @@ READINGS = ("velocity", "noise", "data", "v")
 PREDICTIONS = (*READINGS, "preconditioned")
 
 
-class FlowConfig(Section):
+class NCSNppConfig(Section):
     """The pyramid NCSN++ (PDM section 3.3, figure 6). `image_size` and `levels` come from the shards."""
 
     NAME, KIND = "model", "flow"
@@ -194,7 +194,7 @@ class FlowTraining(Section):
     compile: bool = key(False, may_change=True)
     # unit: each level to standard deviation 1 | paper: only where it exceeds 1 | channel: mean and deviation of each
     scaling: str = key("unit", choices=("unit", "paper", "channel"))
-    model: FlowConfig = key(FlowConfig)
+    model: NCSNppConfig = key(NCSNppConfig)
     data: FlowDataConfig = key(FlowDataConfig)
     process: str = key("rectified_flow", choices=("rectified_flow", "vp", "edm"))
     rectified_flow: RectifiedFlowConfig = key(RectifiedFlowConfig)

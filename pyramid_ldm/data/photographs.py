@@ -69,19 +69,19 @@ class Photographs(Dataset[tuple[Tensor, int, str, list[BadFile]]]):
         self.known_bad = frozenset(known_bad)
 
     def __getitem__(self, position: int) -> tuple[Tensor, int, str, list[BadFile]]:
-        look, bad = self.preprocessing, list[BadFile]()
-        place = look.place(self.seed, "", position)
+        cut, bad = self.preprocessing, list[BadFile]()
+        place = cut.place(self.seed, "", position)
         first = item_at(position, len(self.files), self.seed)
         for offset in range(len(self.files)):  # an unreadable file is replaced by the next one
             file = self.files[(first + offset) % len(self.files)]
             if file.digest in self.known_bad:
                 continue
             try:
-                pixels = load_pixels(file.path, look.image_size, place, upscale=look.upscale)
+                pixels = load_pixels(file.path, cut.image_size, place, upscale=cut.upscale)
             except UnreadableImage as error:
                 bad.append(BadFile(file.digest, str(error), error.of_content))
                 continue
-            if look.flip and uniform(self.seed, "flip", position) < 0.5:
+            if cut.flip and uniform(self.seed, "flip", position) < 0.5:
                 pixels = pixels.flip(-1)
             return pixels, position, file.path, bad
         first_fault = f"; the first: {bad[0].message}" if bad else ""
@@ -96,14 +96,14 @@ def collate_images(items: list[tuple[Tensor, int, str, list[BadFile]]]) -> Batch
 
 
 def crops_to_examine(
-    files: Sequence[ImageFile], look: Preprocessing, seed: int, bad: list[BadFile]
+    files: Sequence[ImageFile], cut: Preprocessing, seed: int, bad: list[BadFile]
 ) -> Iterator[tuple[ImageFile, Tensor]]:
     """(file, (3, H, W) in [-1, 1]) of each file that can be read, cut as training cuts, always at the same place;
     others are added to `bad`."""
     for file in files:
         try:
-            place = look.place(seed, "examine ", int(file.digest[:8], 16))
-            pixels = load_pixels(file.path, look.image_size, place, upscale=look.upscale)
+            place = cut.place(seed, "examine ", int(file.digest[:8], 16))
+            pixels = load_pixels(file.path, cut.image_size, place, upscale=cut.upscale)
         except UnreadableImage as error:
             bad.append(BadFile(file.digest, str(error), error.of_content))
             continue

@@ -15,8 +15,8 @@ from pyramid_ldm.data.images import to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.demo.report import Chart, Curve, Section, read_curve, write_report
 from pyramid_ldm.demo.scenes import render_landscape
-from pyramid_ldm.evaluation.figures import comparison_grid, grid, latents_sheet
 from pyramid_ldm.evaluation.metrics import bicubic, psnr
+from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latents_sheet
 from pyramid_ldm.files import write_atomic, write_json
 from pyramid_ldm.ownership import claim
 from pyramid_ldm.pictures import write_png

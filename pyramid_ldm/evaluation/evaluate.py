@@ -38,7 +38,7 @@ from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import latent_values
 from pyramid_ldm.sample import OWN, SAMPLES
 
-Figures = dict[str, float]  # psnr, ssim, lpips; with Inception also rfid, rkid
+Scores = dict[str, float]  # psnr, ssim, lpips; with Inception also rfid, rkid
 Metric = Callable[[Tensor, Tensor], Tensor | float]  # LPIPS of (1, 3, H, W) and its target
 INCEPTION = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 FEW = 100  # photographs
@@ -76,8 +76,8 @@ class Evaluation:
         }  # fmt: skip
 
 
-def evaluate(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
-    """Figures of `path`, a run or model of either stage, or a folder of pictures, beside the photographs of `data`; and
+def evaluate(path: Path, data: Path, settings: Evaluation) -> tuple[dict[str, Any], str]:
+    """Scores of `path`, a run or model of either stage, or a folder of pictures, beside the photographs of `data`; and
     the same as text. UserError where `path` is none of these."""
     homes = (path, path / "model")
     if any((home / MANIFEST).is_file() for home in homes):
@@ -88,35 +88,37 @@ def evaluate(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], s
         raise UserError(f"{path}: is no run that has saved a model, and no folder of pictures")
     else:
         stage = evaluate_pictures
-    figures, text = stage(path, data, how)
-    if how.inception is not None and figures["photographs"] < FEW:
+    figures, text = stage(path, data, settings)
+    if settings.inception is not None and figures["photographs"] < FEW:
         text += f"\nWith fewer than {FEW} photographs, FID and KID say little."
-    return {"kind": KIND, "of": str(path), "data": str(data)} | figures | how.record(), text
+    return {"kind": KIND, "of": str(path), "data": str(data)} | figures | settings.record(), text
 
 
-def photographs(path: Path, data: Path, size: tuple[int, int], how: Evaluation) -> list[ImageFile]:
+def photographs(path: Path, data: Path, size: tuple[int, int], settings: Evaluation) -> list[ImageFile]:
     """Those to compare with; says so."""
-    files = how.choice.files(data, size)
-    share = "" if how.choice.held_out is None else f" held out at {how.choice.held_out:g}"
-    print(f"evaluate: {path} beside {len(files)} photographs of {data}{share}; {how.device}", file=sys.stderr)
+    files = settings.choice.files(data, size)
+    share = "" if settings.choice.held_out is None else f" held out at {settings.choice.held_out:g}"
+    print(f"evaluate: {path} beside {len(files)} photographs of {data}{share}; {settings.device}", file=sys.stderr)
     return files
 
 
-def evaluate_autoencoder(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
+def evaluate_autoencoder(path: Path, data: Path, settings: Evaluation) -> tuple[dict[str, Any], str]:
     """PSNR, SSIM, LPIPS, rFID and rKID of reconstructed centre crops, and of bicubic thumbnails of as many values."""
-    autoencoder = load_autoencoder(path).to(how.device)
+    autoencoder = load_autoencoder(path).to(settings.device)
     height, width = autoencoder.image_size
-    files = photographs(path, data, (height, width), how)
-    inception = how.network() if how.inception else None
-    perceptual = PerceptualLoss(how.lpips, how.device).in_parts if how.lpips else None
+    files = photographs(path, data, (height, width), settings)
+    inception = settings.network() if settings.inception else None
+    perceptual = PerceptualLoss(settings.lpips, settings.device).in_parts if settings.lpips else None
     values = latent_values(autoencoder.levels, (height, width))
-    paths = [file.path for file in files[: how.count]]
-    crops = centre_crops(paths, (height, width), "photographs", how.choice)
+    paths = [file.path for file in files[: settings.count]]
+    crops = centre_crops(paths, (height, width), "photographs", settings.choice)
     ways = {
-        "reconstructed": lambda images: round_trip(autoencoder, images, bf16=how.bf16),
+        "reconstructed": lambda images: round_trip(autoencoder, images, bf16=settings.bf16),
         "bicubic": lambda images: bicubic(images.cpu(), values).to(images.device),
     }
-    count, found = reconstruction_figures(ways, (images.to(how.device) for _, images in crops), perceptual, inception)
+    count, found = reconstruction_figures(
+        ways, (images.to(settings.device) for _, images in crops), perceptual, inception
+    )
     figures = {"what": "autoencoder", "photographs": count, "size": [height, width], "values": values} | found
     titles = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "rFID", "rkid": "rKID x 1000"}
     rows = [["", *(titles[key] for key in found["bicubic"])]]
@@ -126,39 +128,38 @@ def evaluate_autoencoder(path: Path, data: Path, how: Evaluation) -> tuple[dict[
     return figures, "\n".join([head, *columns(rows)])
 
 
-def evaluate_flow(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
+def evaluate_flow(path: Path, data: Path, settings: Evaluation) -> tuple[dict[str, Any], str]:
     """FID and KID of samples; and of as many photographs, as they are and through the autoencoder."""
-    inception = how.network()
-    pipeline = PyramidPipeline.from_pretrained(path).to(how.device)
+    inception = settings.network()
+    pipeline = PyramidPipeline.from_pretrained(path).to(settings.device)
     height, width = pipeline.autoencoder.image_size
-    files = photographs(path, data, (height, width), how)
-    reference = Reference.of_images(files, (height, width), inception, how.choice)
+    files = photographs(path, data, (height, width), settings)
+    reference = Reference.of_images(files, (height, width), inception, settings.choice)
     features, evaluations = sample_features(
-        pipeline, inception, how.count or len(reference.images), how.seed, how.options,
-        batch_size=how.batch_size, bf16=how.bf16,
+        pipeline, inception, settings.count or len(reference.images), settings.seed, settings.options,
+        batch_size=settings.batch_size, bf16=settings.bf16,
     )  # fmt: skip
-    euler = how.options.solver == "euler"
-    solver = f"euler, {how.options.steps} steps" if euler else f"{how.options.solver}, tolerance {how.options.rtol:g}"
-    figures, lines = compare(features, reference, inception, how, pipeline.autoencoder)
+    solver = settings.options.describe()
+    figures, lines = compare(features, reference, inception, settings, pipeline.autoencoder)
     figures |= {
-        "what": "flow", "checkpoint": pipeline.checkpoint, "seed": how.seed, "solver": asdict(how.options),
+        "what": "flow", "checkpoint": pipeline.checkpoint, "seed": settings.seed, "solver": asdict(settings.options),
         "nfe": evaluations,
     }  # fmt: skip
-    head = f"samples of {path}, seed {how.seed}, {solver}, {evaluations:.0f} evaluations an image"
+    head = f"samples of {path}, seed {settings.seed}, {solver}, {evaluations:.0f} evaluations an image"
     return figures, "\n".join([head, *lines])
 
 
-def evaluate_pictures(path: Path, data: Path, how: Evaluation) -> tuple[dict[str, Any], str]:
+def evaluate_pictures(path: Path, data: Path, settings: Evaluation) -> tuple[dict[str, Any], str]:
     """The same of a folder of pictures, for example of `pyramid-ldm sample`; photographs are cut to their size."""
-    inception = how.network()
-    pictures = pictures_of(path)[: how.count]
+    inception = settings.network()
+    pictures = pictures_of(path)[: settings.count]
     size = size_of(pictures, path)
-    files = photographs(path, data, size, how)
-    features = [inception(batch) for _, batch in centre_crops(pictures, size, "pictures", how.choice)]
+    files = photographs(path, data, size, settings)
+    features = [inception(batch) for _, batch in centre_crops(pictures, size, "pictures", settings.choice)]
     if not features:
         raise UserError(f"{path}: no picture could be read")
-    reference = Reference.of_images(files, size, inception, how.choice)
-    figures, lines = compare(torch.cat(features), reference, inception, how)
+    reference = Reference.of_images(files, size, inception, settings.choice)
+    figures, lines = compare(torch.cat(features), reference, inception, settings)
     return {"what": "pictures"} | figures, "\n".join([f"pictures of {path}", *lines])
 
 
@@ -218,14 +219,14 @@ def compare(
     features: Tensor,
     reference: Reference,
     inception: Inception,
-    how: Evaluation,
+    settings: Evaluation,
     autoencoder: Autoencoder | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Distances of all samples from all photographs, and of equal numbers of both; as figures and as lines."""
     whole = reference.distances(features)
     count = min(reference.half, len(features))
     equal = {"samples": distances(features[:count], reference.features[:count])}
-    equal |= reference.floor(count, inception, autoencoder, bf16=how.bf16)
+    equal |= reference.floor(count, inception, autoencoder, bf16=settings.bf16)
     figures = {
         "samples": len(features), "photographs": len(reference.images), "size": list(reference.size),
         "of_samples": whole, "equal_numbers": {"count": count} | equal,
@@ -254,7 +255,7 @@ def reconstruction_figures(
     perceptual: Metric | None,
     inception: Callable[[Tensor], Tensor] | None,
     real: Tensor | None = None,
-) -> tuple[int, dict[str, Figures]]:
+) -> tuple[int, dict[str, Scores]]:
     """(images, means over them of each way to reconstruct); with the Inception network also the distances of all
     reconstructions from all originals. UserError without images.
 
@@ -262,7 +263,7 @@ def reconstruction_figures(
         batches: (B, 3, H, W) in [-1, 1], where the ways, `perceptual` and `inception` want them.
         real: features of all of them, where they are known already.
     """
-    rows: dict[str, list[Figures]] = {name: [] for name in ways}
+    rows: dict[str, list[Scores]] = {name: [] for name in ways}
     features: dict[str, list[Tensor]] = {name: [] for name in ways}
     originals: list[Tensor] = []
     for images in batches:
@@ -286,7 +287,7 @@ def reconstruction_figures(
     return count, found
 
 
-def nearness(images: Tensor, targets: Tensor, perceptual: Metric | None) -> list[Figures]:
+def nearness(images: Tensor, targets: Tensor, perceptual: Metric | None) -> list[Scores]:
     """PSNR, SSIM and LPIPS of each."""
     found = []
     for image, target in zip(images.split(1), targets.split(1), strict=True):
@@ -320,12 +321,12 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def report(path: Path, data: Path, how: Evaluation, out: Path | None) -> None:
+def report(path: Path, data: Path, settings: Evaluation, out: Path | None) -> None:
     """Prints the figures; writes them to a JSON file."""
     if out is not None:
         keep_apart(out, "--out", {"RUN": path, "--data": data})
         claim_file(out, "--out", lambda found: read_kind(found) == KIND)
-    figures, text = evaluate(path, data, how)
+    figures, text = evaluate(path, data, settings)
     print(text)
     if out is not None:
         write_json(out, figures)

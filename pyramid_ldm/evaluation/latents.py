@@ -9,7 +9,7 @@ from pyramid_ldm.data.folder import find_images
 from pyramid_ldm.data.images import UnreadableImage
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.evaluation.figures import latents_sheet
+from pyramid_ldm.evaluation.sheets import latents_sheet
 from pyramid_ldm.ownership import claim_file, keep_apart
 from pyramid_ldm.pictures import read_record, write_png
 from pyramid_ldm.pyramid import Pyramid

@@ -15,10 +15,10 @@ from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.data.images import UnreadableImage, to_pil
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.evaluation.figures import grid
 from pyramid_ldm.evaluation.metrics import bicubic, psnr, ssim
 from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.evaluation.reference import EVERY, Choice, round_trip
+from pyramid_ldm.evaluation.sheets import grid
 from pyramid_ldm.files import write_text
 from pyramid_ldm.ownership import claim, held, keep_apart
 from pyramid_ldm.pictures import write_png

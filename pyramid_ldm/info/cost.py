@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry
 from pyramid_ldm.autoencoders.load import build_fixed
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.condition import Condition, Context
-from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, FlowTraining
+from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, NCSNppConfig
 from pyramid_ldm.config.fixed import FixedConfig
 from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.info.memory import PeakMemory
@@ -107,7 +107,7 @@ class AutoencoderCost:
 
 
 @dataclass(frozen=True)
-class FlowCost:
+class NetworkCost:
     """Of stage two."""
 
     parameters: int
@@ -158,7 +158,9 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
         )
 
 
-def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig | FixedConfig, *, bf16: bool) -> FlowCost:
+def estimate_flow(
+    config: FlowTraining, autoencoder_config: AutoencoderConfig | FixedConfig, *, bf16: bool
+) -> NetworkCost:
     """Cost of stage two on that autoencoder's latents. `config.model` may lack what the shards would tell."""
     config = copy.deepcopy(config)
     config.resolve(list(autoencoder_config.image_size), autoencoder_config.levels)
@@ -182,7 +184,7 @@ def estimate_flow(config: FlowTraining, autoencoder_config: AutoencoderConfig | 
         del state
         parameters = count(network)
         fold_spectral_norm(network)
-        return FlowCost(
+        return NetworkCost(
             parameters=parameters,
             state=kept,
             step=Use(work.flops // train.batch_size, work.peak),
@@ -253,7 +255,7 @@ def build_autoencoder(config: AutoencoderConfig | FixedConfig) -> Any:
     return _ready(PyramidAutoencoder(config) if isinstance(config, AutoencoderConfig) else build_fixed(config))
 
 
-def build_flow(config: FlowConfig) -> PyramidNCSNpp:
+def build_network(config: NCSNppConfig) -> PyramidNCSNpp:
     """Ready for sampling; under `without_values`."""
     return _ready(PyramidNCSNpp(config))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowConfig, load_saved
+from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, NCSNppConfig, load_saved
 from pyramid_ldm.config.fixed import FIXED, FixedConfig, load_stage_one
 from pyramid_ldm.data.shards import AUTOENCODER, INDEX, LatentCache
 from pyramid_ldm.errors import UserError
@@ -18,7 +18,7 @@ from pyramid_ldm.files import read_json
 from pyramid_ldm.info.budget import describe_latents, flops, gib, kind_of_config, load_training, millions, table
 from pyramid_ldm.info.cost import (
     build_autoencoder,
-    build_flow,
+    build_network,
     count,
     measure_decode,
     measure_encode,
@@ -81,7 +81,7 @@ class Parts:
     """What a model directory says of itself: quickly read, for a run that is training replaces it."""
 
     autoencoder: AutoencoderConfig | FixedConfig | None
-    flow: FlowConfig | None
+    flow: NCSNppConfig | None
     scales: list[float]  # mean standard deviation a level
 
 
@@ -97,7 +97,7 @@ def read_parts(path: Path) -> Parts | None:
             scales = [sum(level) / len(level) for level in manifest["scaling"]["std"]]
         except (KeyError, TypeError, ZeroDivisionError):
             raise UserError(f"{path / MANIFEST}: damaged; copy the model directory whole") from None
-        configs_of_both = load_stage_one(configs["autoencoder"]), load_saved(FlowConfig, configs["flow"])
+        configs_of_both = load_stage_one(configs["autoencoder"]), load_saved(NCSNppConfig, configs["flow"])
         return Parts(*configs_of_both, scales)
     if not (path / "config.yaml").is_file():
         return None
@@ -105,13 +105,13 @@ def read_parts(path: Path) -> Parts | None:
         raise UserError(f"{path / 'model.safetensors'}: not found; copy the model directory whole")
     if kind_of_config(path / "config.yaml") in ("autoencoder", *FIXED):
         return Parts(load_stage_one(path / "config.yaml"), None, [])
-    return Parts(None, load_saved(FlowConfig, path / "config.yaml"), [])
+    return Parts(None, load_saved(NCSNppConfig, path / "config.yaml"), [])
 
 
 def describe_parts(found: Parts) -> dict[str, str]:
     """Its networks."""
     rows = {} if found.autoencoder is None else describe_autoencoder(found.autoencoder)
-    rows |= {} if found.flow is None else describe_flow(found.flow)
+    rows |= {} if found.flow is None else describe_network(found.flow)
     return rows | ({"latent std": ", ".join(f"{scale:.3g}" for scale in found.scales)} if found.scales else {})
 
 
@@ -157,10 +157,10 @@ def describe_autoencoder(config: AutoencoderConfig | FixedConfig) -> dict[str, s
     }
 
 
-def describe_flow(config: FlowConfig) -> dict[str, str]:
+def describe_network(config: NCSNppConfig) -> dict[str, str]:
     """Parameters and FLOPs of an evaluation."""
     with without_values():
-        model = build_flow(config)
+        model = build_network(config)
         evaluation = measure_evaluation(model, FP32)
         parameters = count(model)
     return {

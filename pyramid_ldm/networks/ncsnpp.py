@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyramid_ldm.condition import Context
-from pyramid_ldm.config.flow import FlowConfig
+from pyramid_ldm.config.flow import NCSNppConfig
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import conv2d, dropout_schedule, group_norm, linear, rescaled_sum
 from pyramid_ldm.nn.resample import box_down, fir_down, fir_up, nearest_up
@@ -88,7 +88,7 @@ class _Blocks(nn.Module):
 class _Factory:
     """Makes blocks and attention for one resolution with the network's settings."""
 
-    def __init__(self, config: FlowConfig, factor: int, dropout: float) -> None:
+    def __init__(self, config: NCSNppConfig, factor: int, dropout: float) -> None:
         self.config, self.dropout = config, dropout
         self.has_attention = config.attention != "none" and factor in (config.attention_factors or [])
 
@@ -168,10 +168,10 @@ class UpLevel(nn.Module):
 class PyramidNCSNpp(nn.Module):
     """What a process wants predicted of every latent level: `network(noisy, context)`, coarse to fine.
 
-    Levels, widths and attention are in `FlowConfig`; `widths[i]` belongs to factor finest * 2^i.
+    Levels, widths and attention are in `NCSNppConfig`; `widths[i]` belongs to factor finest * 2^i.
     """
 
-    def __init__(self, config: FlowConfig) -> None:
+    def __init__(self, config: NCSNppConfig) -> None:
         super().__init__()
         self.config = config
         self.levels = list(config.levels)
@@ -281,4 +281,4 @@ class PyramidNCSNpp(nn.Module):
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> Self:
         """Loads what `save_pretrained` wrote, in eval mode, float32, on the CPU."""
-        return assemble(read_model(Path(directory), "train-flow", lambda home: read_stored(home, FlowConfig)), cls)
+        return assemble(read_model(Path(directory), "train-flow", lambda home: read_stored(home, NCSNppConfig)), cls)

@@ -14,8 +14,8 @@ from pyramid_ldm.data.batch import BadFile, Batch
 from pyramid_ldm.data.order import PositionSampler
 from pyramid_ldm.data.photographs import crops_to_examine
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.evaluation.figures import comparison_grid
 from pyramid_ldm.evaluation.metrics import local_lipschitz, psnr, ssim
+from pyramid_ldm.evaluation.sheets import comparison_grid
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pyramid import level_shapes
 from pyramid_ldm.training.autoencoder_state import Build, State, accumulate, build_state, follow_codes

@@ -12,7 +12,7 @@ from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.data.order import PositionSampler
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.evaluation.figures import grid
+from pyramid_ldm.evaluation.sheets import grid
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pipeline import PyramidPipeline
 from pyramid_ldm.processes.build import build_process

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import at, randomise, tiny_flow, tiny_flow_config
+from conftest import at, randomise, tiny_network, tiny_network_config
 
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
@@ -29,7 +29,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_variant_builds_steps_saves_and_loads(changes, tmp_path):
-    network = randomise(tiny_flow(**changes), 0.05).train()
+    network = randomise(tiny_network(**changes), 0.05).train()
     data, noise = latents(network), latents(network, seed=1)
     loss = RectifiedFlow().loss(network, data, noise, torch.tensor([0.2, 0.9]))
     loss.total.backward()
@@ -47,13 +47,15 @@ def test_every_variant_builds_steps_saves_and_loads(changes, tmp_path):
 
 
 def test_a_new_network_predicts_zero():
-    network = tiny_flow()
+    network = tiny_network()
     for level in network(latents(network), at(0.1, 1.0)):
         assert level.abs().max() == 0
 
 
 def test_every_level_depends_on_every_other():
-    network = randomise(tiny_flow(image_size=(32, 32), levels=((32, 4), (16, 3), (8, 2)), widths=[16, 16, 16])).eval()
+    network = randomise(
+        tiny_network(image_size=(32, 32), levels=((32, 4), (16, 3), (8, 2)), widths=[16, 16, 16])
+    ).eval()
     inputs = tuple(z.requires_grad_() for z in latents(network, 1))
     for velocity in network(inputs, at(0.5)):
         gradients = torch.autograd.grad(velocity.square().sum(), inputs, retain_graph=True)
@@ -61,7 +63,7 @@ def test_every_level_depends_on_every_other():
 
 
 def test_a_branch_enters_and_leaves_at_its_own_resolution():
-    network = tiny_flow(image_size=(64, 64), levels=((32, 4), (8, 2)), widths=[16, 16, 24])
+    network = tiny_network(image_size=(64, 64), levels=((32, 4), (8, 2)), widths=[16, 16, 24])
     seen = {}
 
     def record(name):
@@ -77,7 +79,7 @@ def test_a_branch_enters_and_leaves_at_its_own_resolution():
 
 
 def test_dropout_schedule_by_level():
-    network = tiny_flow(image_size=(64, 64), levels=((64, 4), (8, 2)), widths=[16] * 4, dropout=0.35)
+    network = tiny_network(image_size=(64, 64), levels=((64, 4), (8, 2)), widths=[16] * 4, dropout=0.35)
     rates = [level.blocks.residual[0].dropout.p for level in network.down_levels]
     assert rates == pytest.approx([0, 0.35 / 3, 0.7 / 3, 0.35])
     assert [level.blocks.residual[0].dropout.p for level in network.up_levels] == pytest.approx(rates[::-1])
@@ -85,7 +87,7 @@ def test_dropout_schedule_by_level():
 
 def test_dropout_schedules_of_the_config():
     def rates(schedule):
-        network = tiny_flow(widths=[16] * 2, dropout=0.4, dropout_schedule=schedule)
+        network = tiny_network(widths=[16] * 2, dropout=0.4, dropout_schedule=schedule)
         return [level.blocks.residual[0].dropout.p for level in network.down_levels]
 
     assert rates("uniform") == [0.4, 0.4]
@@ -94,6 +96,6 @@ def test_dropout_schedules_of_the_config():
 
 def test_too_few_widths_are_refused():
     with pytest.raises(UserError, match="need at least 3"):
-        tiny_flow_config(image_size=(32, 32), levels=((32, 4), (8, 2)), widths=[8, 8])
+        tiny_network_config(image_size=(32, 32), levels=((32, 4), (8, 2)), widths=[8, 8])
     with pytest.raises(UserError, match="does not divide"):
-        tiny_flow_config(image_size=(32, 32), levels=((16, 4), (8, 2)), widths=[8] * 6)
+        tiny_network_config(image_size=(32, 32), levels=((16, 4), (8, 2)), widths=[8] * 6)

@@ -5,8 +5,8 @@ from conftest import randomise, tiny_autoencoder
 from PIL import Image
 
 from pyramid_ldm.demo.pictures import nearest_neighbours
-from pyramid_ldm.evaluation.figures import comparison_grid, grid, latent_contributions, latents_sheet
 from pyramid_ldm.evaluation.metrics import bicubic, local_lipschitz, psnr
+from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latent_contributions, latents_sheet
 
 
 def test_grid_places_images_in_reading_order():
