@@ -21,7 +21,7 @@ EXAMPLE = "pyramid-ldm encode runs/scapes2k-ae --data photos/ --out latents/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """AE_RUN --data --out and how."""
+    """AE_RUN, --data, --out and the crops."""
     parser.add_argument(
         "autoencoder",
         metavar="AE_RUN",

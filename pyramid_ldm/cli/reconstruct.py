@@ -10,7 +10,7 @@ EXAMPLE = "pyramid-ldm reconstruct runs/scapes2k-ae --data photos/ --out reconst
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """AE_RUN --data --out and how."""
+    """AE_RUN, --data, --out and what to report."""
     parser.add_argument("autoencoder", metavar="AE_RUN", type=folder, help="a run directory of train-ae")
     add_photographs(parser, held_out=True)
     parser.add_argument(

@@ -10,7 +10,7 @@ EXAMPLE = "pyramid-ldm sample runs/scapes2k-flow --num 16 --seed 0 --solver rk45
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """FLOW_RUN --num --out and how."""
+    """FLOW_RUN, --num, --out and the solver."""
     parser.add_argument("flow", metavar="FLOW_RUN", type=folder, help="a run directory of train-flow")
     parser.add_argument("-n", "--num", type=whole(1, MOST), default=16, help="images (default: 16)")
     parser.add_argument(
