@@ -24,8 +24,10 @@ from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.cli import main
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.photographs import Preprocessing
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import sealed, write_json
 from pyramid_ldm.training.checkpoint import checkpoint_directories
+from pyramid_ldm.training.runtime import Runtime
 
 AE_CONFIG = """
 run_dir: unset
@@ -395,6 +397,28 @@ def test_pictures_that_a_kill_cost_are_made_by_the_next_start(home, tmp_path):
     picture.unlink()
     run("train-flow", home / "flow.yaml", f"data.shards={home / 'latents'}", f"run_dir={tmp_path / 'flow'}")
     assert picture.read_bytes() == before
+
+
+@pytest.mark.parametrize("codebook", [[], ["model.latent=vq", "model.codebook_size=8", "loss.codebook_restart=8"]])
+def test_what_a_step_had_begun_when_its_data_failed_is_forgotten(home, photographs, tmp_path, monkeypatch, codebook):
+    """Micro-batches are fetched as they are needed: the second of a step may be the one that fails."""
+    words = ["train-ae", home / "ae.yaml", f"data.root={photographs}", "train.batch_size=2", "train.accumulate=2"]
+    words += ["train.images=24", *codebook]
+    run(*words, f"run_dir={tmp_path / 'whole'}")
+    fetch, count = Runtime.fetch, 0
+
+    def fails_once(self, stop, batches):
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise UserError("the disk has gone")
+        return fetch(self, stop, batches)
+
+    monkeypatch.setattr(Runtime, "fetch", fails_once)
+    assert "the disk has gone" in run(*words, f"run_dir={tmp_path / 'parts'}", code=2).stderr
+    assert state_of(tmp_path / "parts")["images_seen"] == 12, "three whole steps of four"
+    run(*words, f"run_dir={tmp_path / 'parts'}")
+    assert_equal(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
 def test_pictures_come_after_saving_and_end_no_run(home, photographs, tmp_path, monkeypatch):
