@@ -419,6 +419,8 @@ def test_what_a_step_had_begun_when_its_data_failed_is_forgotten(home, photograp
     assert state_of(tmp_path / "parts")["images_seen"] == 12, "three whole steps of four"
     run(*words, f"run_dir={tmp_path / 'parts'}")
     assert_equal(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    for key in ("loss", "codebook_perplexity_2x2"):
+        assert logged(tmp_path / "whole", key) == logged(tmp_path / "parts", key)
 
 
 def test_pictures_come_after_saving_and_end_no_run(home, photographs, tmp_path, monkeypatch):
