@@ -1,5 +1,6 @@
 """Every solver on every process: data whose exact denoiser is known, and others' implementations."""
 
+import argparse
 import itertools
 import math
 from dataclasses import dataclass
@@ -7,11 +8,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from pyramid_ldm.cli.common import add_solver
 from pyramid_ldm.condition import Condition
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.processes.build import process_from_dict, process_to_dict
 from pyramid_ldm.processes.edm import EDM
-from pyramid_ldm.processes.process import Prediction, Process
+from pyramid_ldm.processes.process import SPACINGS, Prediction, Process
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.processes.solvers import FIXED, SOLVERS, SolverOptions, solve
 from pyramid_ldm.processes.steps import integrals
@@ -311,6 +313,14 @@ def test_what_is_not_finite_is_said(solver):
 def test_options_out_of_range(settings, fault):
     with pytest.raises(UserError, match=fault):
         SolverOptions(**settings)
+
+
+def test_the_command_line_offers_every_solver_and_grid():
+    parser = argparse.ArgumentParser()
+    add_solver(parser)
+    offered = {action.dest: action.choices for action in parser._actions}
+    assert set(offered["solver"]) == set(SOLVERS)
+    assert set(offered["spacing"]) == set(SPACINGS)
 
 
 def test_what_a_sample_depends_on_is_recorded():
