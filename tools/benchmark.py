@@ -29,14 +29,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
@@ -49,7 +49,6 @@ from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.data.folder import scan
 from pyramid_ldm.data.images import to_pil
 from pyramid_ldm.data.latents import LatentRecords, collate_latents
-from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.data.plan import Plan
 from pyramid_ldm.data.plan import Row as Record
 from pyramid_ldm.data.shards import LatentCache, write_index, write_shard
@@ -80,6 +79,7 @@ GENERATORS = {  # factor and channels of the latents, patch (0: the U-Net)
     "DiT-XL/1 on DC-AE f32c32": (32, 32, 1),
     "DiT-XL/1 on DC-AE f64c128": (64, 128, 1),
 }
+BYTES = {"state_bytes": "state", "peak_bytes": "peak beside it"}  # headings
 RK45_EVALUATIONS = 70  # assumed: how many it takes on random weights says nothing
 MOST_TURNS, LONG_ENOUGH = 200, 1.0  # short calls take more turns than --repeats, until they add up to so many seconds
 
@@ -148,7 +148,7 @@ def warm_up(case: Case, device: torch.device) -> Row:
     peak = work.peak - before
     if device.type == "cuda":  # the kernels' own included
         peak = torch.cuda.max_memory_allocated() - allocated
-    return {"peak_bytes": peak} | ({} if case.first else {"flops": work.flops})
+    return {"peak_bytes": peak, "flops": work.flops}
 
 
 def take_turns(cases: Sequence[Case], args: argparse.Namespace) -> list[list[float]]:
@@ -224,15 +224,11 @@ def stage_two(name: str) -> FlowTraining:
     return config
 
 
-def largest(args: argparse.Namespace) -> str:
-    """The config that is held beside the peers."""
-    return "demo" if args.small else "people2k"
-
-
-def sides(name: str) -> tuple[int, int]:
-    """(height, width) of a config's images."""
+def beside_peers(args: argparse.Namespace) -> tuple[str, int, int]:
+    """The config that is held beside the peers, and its images' height and width."""
+    name = "demo" if args.small else "people2k"
     height, width = stage_one(name).image_size
-    return height, width
+    return name, height, width
 
 
 def built(network: Callable[[Any], nn.Module], config: object, args: argparse.Namespace) -> Any:
@@ -241,6 +237,12 @@ def built(network: Callable[[Any], nn.Module], config: object, args: argparse.Na
         model = network(config)
     fold_spectral_norm(model)
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def random_latents(name: str, batch: int = 1) -> list[Tensor]:
+    """Of a config, coarse to fine."""
+    model = stage_one(name).model
+    return [torch.randn(batch, *shape) for shape in level_shapes(model.levels, model.image_size)]
 
 
 def inference(
@@ -263,14 +265,7 @@ def inference(
         with torch.inference_mode(), args.runtime.autocast():
             call(model, *given)
 
-    existing = [*model.parameters(), *model.buffers(), *given]
-    return Case(run, images, existing, about={"parameters": parameters})
-
-
-def random_latents(name: str, batch: int = 1) -> list[Tensor]:
-    """Of a config, coarse to fine."""
-    model = stage_one(name).model
-    return [torch.randn(batch, *shape) for shape in level_shapes(model.levels, model.image_size)]
+    return Case(run, images, [*model.parameters(), *model.buffers(), *given], about={"parameters": parameters})
 
 
 # The peers, after the published configs: stabilityai/sd-vae-ft-mse, mit-han-lab/dc-ae-f32c32-in-1.0 and
@@ -285,76 +280,42 @@ def peer_autoencoder(name: str, small: bool = False) -> Any:
     shrink = 16 if small else 1
     if name.startswith("SD"):
         return AutoencoderKL(
-            block_out_channels=[width // shrink for width in (128, 256, 512, 512)],
-            layers_per_block=2,
-            latent_channels=channels,
-            norm_num_groups=4 if small else 32,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            sample_size=512,
-        )
+            block_out_channels=[width // shrink for width in (128, 256, 512, 512)], layers_per_block=2,
+            latent_channels=channels, norm_num_groups=4 if small else 32, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
     deep = factor.bit_length() - 3  # resolutions with EfficientViT blocks, below three of residual blocks
     widths = [width // shrink for width in (128, 256, 512, 512, 1024, 1024, 2048)[: 3 + deep]]
-    kinds = ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep
+    layers = {"encoder": [0, 4, 8] + [2] * deep, "decoder": [0, 5, 10] + [2] * deep}
+    halves: dict[str, Any] = {f"{half}_layers_per_block": each for half, each in layers.items()}
+    for half in layers:
+        halves |= {f"{half}_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep}
+        halves |= {f"{half}_block_out_channels": widths, f"{half}_qkv_multiscales": [()] * (3 + deep)}
     return AutoencoderDC(
-        latent_channels=channels,
-        attention_head_dim=32,
-        encoder_block_types=kinds,
-        decoder_block_types=kinds,
-        encoder_block_out_channels=widths,
-        decoder_block_out_channels=widths,
-        encoder_layers_per_block=[0, 4, 8] + [2] * deep,
-        decoder_layers_per_block=[0, 5, 10] + [2] * deep,
-        encoder_qkv_multiscales=[()] * (3 + deep),
-        decoder_qkv_multiscales=[()] * (3 + deep),
-        decoder_norm_types=["batch_norm"] * 3 + ["rms_norm"] * deep,
-        decoder_act_fns=["relu"] * 3 + ["silu"] * deep,
-        downsample_block_type="pixel_unshuffle",
-        upsample_block_type="pixel_shuffle",
-    )
+        latent_channels=channels, attention_head_dim=32, decoder_act_fns=["relu"] * 3 + ["silu"] * deep,
+        decoder_norm_types=["batch_norm"] * 3 + ["rms_norm"] * deep, downsample_block_type="pixel_unshuffle",
+        upsample_block_type="pixel_shuffle", **halves,
+    )  # fmt: skip
 
 
-def peer_generator(name: str, small: bool = False) -> Any:
-    """One of `GENERATORS`; DiT-XL with learned variance, as published."""
+def peer_generator(name: str, side: int, small: bool = False) -> Any:
+    """One of `GENERATORS` for latents of side x side; DiT-XL with learned variance, as published."""
     from diffusers import DiTTransformer2DModel, UNet2DModel
 
     _, channels, patch = GENERATORS[name]
     if patch:
+        heads, dimension, layers = (2, 8, 2) if small else (16, 72, 28)
         return DiTTransformer2DModel(
-            num_attention_heads=2 if small else 16,
-            attention_head_dim=8 if small else 72,
-            num_layers=2 if small else 28,
-            in_channels=channels,
-            out_channels=2 * channels,
-            patch_size=patch,
-            sample_size=32,
-        )
+            num_attention_heads=heads, attention_head_dim=dimension, num_layers=layers, in_channels=channels,
+            out_channels=2 * channels, patch_size=patch, sample_size=side,
+        )  # fmt: skip
+    widths, groups, dimension = ((8, 16, 24, 32), 4, 8) if small else ((224, 448, 672, 896), 32, 32)
     return UNet2DModel(
-        sample_size=64,
-        in_channels=channels,
-        out_channels=channels,
-        layers_per_block=2,
-        block_out_channels=(8, 16, 24, 32) if small else (224, 448, 672, 896),
-        norm_num_groups=4 if small else 32,
-        attention_head_dim=8 if small else 32,
+        sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=2, block_out_channels=widths,
+        norm_num_groups=groups, attention_head_dim=dimension,
         down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
         up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
-    )
-
-
-def run_dit(model: Any, latents: Tensor, step: Tensor, label: Tensor) -> Tensor:
-    """DiTTransformer2DModel.forward, which takes squares only, up to the re-ordering of its output's pixels.
-
-    Position encodings are added as a constant of the right shape: diffusers would compute them anew in every call.
-    """
-    h = model.pos_embed.proj(latents).flatten(2).transpose(1, 2)
-    h = h + h.new_zeros(1, h.shape[1], h.shape[2])
-    for block in model.transformer_blocks:
-        h = block(h, timestep=step, class_labels=label)
-    condition = model.transformer_blocks[0].norm1.emb(step, label, hidden_dtype=h.dtype)
-    shift, scale = model.proj_out_1(F.silu(condition)).chunk(2, dim=1)
-    output: Tensor = model.proj_out_2(model.norm_out(h) * (1 + scale[:, None]) + shift[:, None])
-    return output
+    )  # fmt: skip
 
 
 # The measurements.
@@ -362,81 +323,64 @@ def run_dit(model: Any, latents: Tensor, step: Tensor, label: Tensor) -> Tensor:
 
 def decode(args: argparse.Namespace) -> list[Row]:
     """Latents to one image. `decode_tiled` computes the same image piece by piece."""
-    name = largest(args)
-    height, width = sides(name)
+    name, height, width = beside_peers(args)
 
-    def ours(tiled: bool) -> Case:
-        def call(model: Any, *latents: Tensor) -> Tensor:
-            image: Tensor = (model.decode_tiled if tiled else model.decode)(latents)
-            return image
-
+    def ours(way: str) -> Case:
         make = partial(built, PyramidAutoencoder, stage_one(name).model, args)
-        return inference(args, make, lambda: random_latents(name), call)
+        return inference(args, make, lambda: random_latents(name), lambda model, *z: getattr(model, way)(z))
 
     def peer(other: str) -> Case:
         factor, channels = AUTOENCODERS[other]
-        latents = partial(torch.randn, 1, channels, height // factor, width // factor)
         make = partial(peer_autoencoder, other, args.small)
-        return inference(args, make, lambda: [latents()], lambda model, z: model.decode(z, return_dict=False))
+        inputs = lambda: [torch.randn(1, channels, height // factor, width // factor)]  # noqa: E731
+        return inference(args, make, inputs, lambda model, z: model.decode(z, return_dict=False))
 
-    builders = {f"ours: {name}": partial(ours, False), f"ours: {name}, decode_tiled": partial(ours, True)}
+    builders = {f"ours: {name}, {way}": partial(ours, way) for way in ("decode", "decode_tiled")}
     return side_by_side(args, f"{height}x{width}", builders | {other: partial(peer, other) for other in AUTOENCODERS})
 
 
 def encode(args: argparse.Namespace) -> list[Row]:
     """One image to the mean of its latents."""
-    name = largest(args)
-    height, width = sides(name)
+    name, height, width = beside_peers(args)
 
-    def image() -> list[Tensor]:
-        return [torch.rand(1, 3, height, width) * 2 - 1]
+    def mean(model: Any, x: Tensor) -> object:
+        found = model.encode(x)
+        return found.latent if hasattr(found, "latent") else getattr(found, "latent_dist", found).mode()
 
-    def ours() -> Case:
-        make = partial(built, PyramidAutoencoder, stage_one(name).model, args)
-        return inference(args, make, image, lambda model, x: model.encode(x).mode())
+    makes = {f"ours: {name}": partial(built, PyramidAutoencoder, stage_one(name).model, args)}
+    makes |= {other: partial(peer_autoencoder, other, args.small) for other in AUTOENCODERS}
 
-    def peer(other: str) -> Case:
-        def call(model: Any, x: Tensor) -> object:
-            found = model.encode(x)
-            return found.latent_dist.mode() if other.startswith("SD") else found.latent
+    def case(make: Callable[[], nn.Module]) -> Case:
+        return inference(args, make, lambda: [torch.rand(1, 3, height, width) * 2 - 1], mean)
 
-        return inference(args, partial(peer_autoencoder, other, args.small), image, call)
-
-    builders = {f"ours: {name}": ours} | {other: partial(peer, other) for other in AUTOENCODERS}
-    return side_by_side(args, f"{height}x{width}", builders)
+    return side_by_side(args, f"{height}x{width}", {what: partial(case, make) for what, make in makes.items()})
 
 
 def evaluation(args: argparse.Namespace) -> list[Row]:
     """One evaluation of the network that draws, without guidance, on the latents of images of the given size: f4 of 3
     channels, f8 of 4, f32 of 32, f64 of 128; ours: the pyramid of the config."""
-    name = largest(args)
-    height, width = sides(name)
+    name, height, width = beside_peers(args)
 
     def ours(batch: int) -> Case:
-        def call(model: Any, label: Tensor, *latents: Tensor) -> object:
-            return model(latents, Context(label, label))
-
         make = partial(built, PyramidNCSNpp, stage_two(name).model, args)
-        return inference(args, make, lambda: [torch.full((batch,), 0.5), *random_latents(name, batch)], call, batch)
+        inputs = lambda: [torch.full((batch,), 0.5), *random_latents(name, batch)]  # noqa: E731
+        return inference(args, make, inputs, lambda model, t, *z: model(z, Context(t, t)), batch)
 
     def peer(other: str, batch: int) -> Case:
         factor, channels, patch = GENERATORS[other]
+
+        def call(model: Any, latents: Tensor, step: Tensor, label: Tensor) -> object:
+            return model(latents, step, *([label] if patch else []), return_dict=False)
 
         def inputs() -> list[Tensor]:
             latents = torch.randn(batch, channels, height // factor, width // factor)
             return [latents, torch.full((batch,), 500), torch.full((batch,), 1)]
 
-        def call(model: Any, latents: Tensor, step: Tensor, label: Tensor) -> object:
-            if patch:
-                return run_dit(model, latents, step, label)
-            return model(latents, step, return_dict=False)
-
-        return inference(args, partial(peer_generator, other, args.small), inputs, call, batch)
+        return inference(args, partial(peer_generator, other, height // factor, args.small), inputs, call, batch)
 
     rows: list[Row] = []
     for batch, others in ((1, list(GENERATORS)), (8, list(GENERATORS)[-1:])):  # the cheapest is the last
-        builders = {f"ours: {name}": partial(ours, batch)}
-        builders |= {other: partial(peer, other, batch) for other in others}
+        builders = {f"ours: {name}": partial(ours, batch)} | {other: partial(peer, other, batch) for other in others}
         rows += side_by_side(args, f"{height}x{width}, batch {batch}", builders)
     return rows
 
@@ -447,7 +391,7 @@ def train(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for name in ("demo",) if args.small else ("scapes2k", "people2k", "demo"):
         size = stage_one(name).train.batch_size
-        height, width = sides(name)
+        height, width = stage_one(name).image_size
         builders = {f"{name}, whole": partial(step_one, args, name)}
         if min(height, width) > 512:
             regions = ("train.regions=2", "train.region_size=512")
@@ -514,93 +458,74 @@ def training(step: Callable[[], None], state: Any, network: nn.Module, images: i
 def sample(args: argparse.Namespace) -> list[Row]:
     """Noise to PNG files, and the parts of it. RK45 computes in float32; the number of evaluations that it takes on
     random weights says nothing, so its line is computed from the parts."""
-    name, bf16, steps, several = largest(args), args.runtime.bf16, 4 if args.small else 200, 4
-    height, width = sides(name)
+    (name, height, width), bf16, steps = beside_peers(args), args.runtime.bf16, 4 if args.small else 200
     network = built(PyramidNCSNpp, stage_two(name).model, args)
     autoencoder = built(PyramidAutoencoder, stage_one(name).model, args)
     pipe = PyramidPipeline(network, autoencoder, no_scaling(autoencoder.config)).to(args.runtime.device)
-    existing = [*network.parameters(), *autoencoder.parameters()]
     noise = pyramid_noise(network.shapes, 0, "sample", [0])
     evaluations = pipe.solve(noise, SolverOptions("rk45")).nfe
-    image = next(iter(pipe.decode(noise, bf16=bf16)))
+    image = to_pil(next(iter(pipe.decode(noise, bf16=bf16))))
     with tempfile.TemporaryDirectory() as folder:
 
         def draw(images: int, steps: int) -> None:
             out = pipe(num_images=images, batch_size=images, solver="euler", steps=steps, bf16=bf16)
             for i, picture in enumerate(out.images):
-                picture.save(Path(folder) / f"{i}.png")
+                picture.save(f"{folder}/{i}.png")
 
-        def euler(images: int) -> Case:
-            return Case(partial(draw, images, steps), images, existing, first=partial(draw, images, 2))
-
-        solving = f"RK45, {evaluations} evaluations"
         builders = {
-            f"Euler {steps}, noise to PNG": partial(euler, 1),
-            f"Euler {steps}, noise to PNG, {several} at once": partial(euler, several),
-            solving: lambda: Case(lambda: pipe.solve(noise, SolverOptions("rk45"))),
-            "decoding": lambda: Case(lambda: list(pipe.decode(noise, bf16=bf16))),
-            "writing the PNG": lambda: Case(lambda: to_pil(image).save(Path(folder) / "0.png")),
+            f"Euler {steps}, noise to PNG, {n} at once": partial(
+                Case, partial(draw, n, steps), n, first=partial(draw, n, 2)
+            )
+            for n in (1, 4)
+        } | {
+            f"RK45, {evaluations} evaluations": partial(Case, lambda: pipe.solve(noise, SolverOptions("rk45"))),
+            "decoding": partial(Case, lambda: list(pipe.decode(noise, bf16=bf16))),
+            "writing the PNG": partial(Case, lambda: image.save(f"{folder}/0.png")),
         }
-        rows = [
-            row for part, build in builders.items() for row in side_by_side(args, f"{height}x{width}", {part: build})
-        ]
+        of = f"{height}x{width}"  # each alone: they are parts of one another
+        rows = [side_by_side(args, of, {what: build})[0] for what, build in builders.items()]
     parts = [median(row["seconds"]) for row in rows[2:] if "seconds" in row]
     if len(parts) == 3:
-        seconds = RK45_EVALUATIONS / evaluations * parts[0] + parts[1] + parts[2]
+        seconds = [RK45_EVALUATIONS / evaluations * parts[0] + parts[1] + parts[2]]
         what = f"RK45, noise to PNG, if it takes {RK45_EVALUATIONS} evaluations"
-        rows.append(
-            {"of": f"{height}x{width}", "what": what, "seconds": [seconds], "remark": "computed from the parts"}
-        )
+        rows.append({"of": of, "what": what, "seconds": seconds, "remark": "computed from the parts"})
     return rows
 
 
 def files(args: argparse.Namespace) -> list[Row]:
     """A folder of JPEGs, in the page cache, to a shard: `encode` reads, encodes in batches of 8 and writes; beside it
     reading alone. The loader's workers share the machine's cores with the network."""
-    name, count = largest(args), 4 if args.small else 16
-    size = sides(name)
+    (name, height, width), count = beside_peers(args), 4 if args.small else 16
     autoencoder = built(PyramidAutoencoder, stage_one(name).model, args)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = scan(write_photographs(Path(temporary) / "photographs", count, size))
-        out = Path(temporary) / "latents"
+        photographs, out = Path(temporary) / "photographs", Path(temporary) / "latents"
+        photographs.mkdir()
+        for i in range(count):
+            grain = np.random.default_rng(i).normal(0, 6, (height, width, 1))  # as heavy as photographs
+            pixels = np.clip(render_landscape(i, height, width) + grain, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(photographs / f"{i:02d}.jpg", quality=90)
+        folder = scan(photographs)
         claim(out, "shards", "--out")
 
-        def encoding(workers: int) -> tuple[Encoding, EncodeOptions]:
+        def case(workers: int, whole: bool) -> Case:
             options = EncodeOptions(flip=False, validation=0.0, shard_size=count, workers=workers)
-            return Encoding(autoencoder, folder.files, folder, options, args.runtime, out, {}), options
+            work = Encoding(autoencoder, folder.files, folder, options, args.runtime, out, {})
 
-        def whole(workers: int) -> Case:
-            work, _ = encoding(workers)
-
-            def call() -> None:
+            def encode_all() -> None:
                 with Progress("encode", count, "records") as progress:
                     work.encode_shard(work.views, 0, progress)
 
-            return Case(call, count)
+            def read_all() -> None:
+                list(view_batches(work.views, work.plan, range(count), options))
 
-        def loader(workers: int) -> Case:
-            work, options = encoding(workers)
-            return Case(lambda: list(view_batches(work.views, work.plan, range(count), options)), count)
+            return Case(encode_all if whole else read_all, count)
 
-        def alone() -> Case:
-            return Case(lambda: [load_crop(file.path, size) for file in folder.files], count)
-
-        builders: dict[str, Callable[[], Case]] = {f"ours: encode, {n} workers": partial(whole, n) for n in (2, 0)}
-        builders |= {f"reading alone, loader, {n} workers": partial(loader, n) for n in (2, 0)}
-        of = f"{count} JPEGs of {size[0]}x{size[1]}"
-        return side_by_side(args, of, builders | {"reading alone, one thread": alone})
-
-
-def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> Path:
-    """Procedural landscapes, enlarged, with grain: about as heavy as photographs."""
-    folder.mkdir(parents=True)
-    height, width = size
-    for i in range(count):
-        small = Image.fromarray(render_landscape(i, height // 4, width // 4))
-        large = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
-        grain = np.random.default_rng(i).normal(0, 6, (height, width, 1)).astype(np.float32)
-        Image.fromarray(np.clip(large + grain, 0, 255).astype(np.uint8)).save(folder / f"{i:02d}.jpg", quality=90)
-    return folder
+        builders = {
+            f"{what}, {workers} workers": partial(case, workers, whole)
+            for what, whole in (("ours: encode", True), ("reading alone", False))
+            for workers in (2, 0)
+        }
+        return side_by_side(args, f"{count} JPEGs of {height}x{width}", builders)
 
 
 def shards(args: argparse.Namespace) -> list[Row]:
@@ -621,8 +546,6 @@ def read_shards(args: argparse.Namespace, name: str) -> list[Row]:
         whole = torch.stack([cache.read(i).half() for i in range(len(cache.rows))])
         for path, level in zip(arrays, unflatten(whole, cache.plan.shapes() * 2), strict=True):
             np.save(path, level.numpy())
-        for i, record in enumerate(whole):
-            np.save(Path(folder) / f"record-{i}.npy", record.numpy())
         maps = [np.load(path, mmap_mode="r") for path in arrays]
 
         def single(array: Any) -> Tensor:
@@ -639,7 +562,6 @@ def read_shards(args: argparse.Namespace, name: str) -> list[Row]:
             "ours: rows alone": lambda at: torch.stack([cache.read(i) for i in at]),
             "ours: LatentRecords": lambda at: collate_latents([records[i] for i in at]),
             "memory-mapped, a file a level": lambda at: [torch.stack([single(m[i]) for i in at]) for m in maps],
-            "a file a record": lambda at: torch.stack([single(np.load(f"{folder}/record-{i}.npy")) for i in at]),
         }
         of = f"{name}, records of {cache.plan.record_length() * 2 / 1000:.3g} kB"
         return side_by_side(args, of, {what: partial(every, way) for what, way in ways.items()})
@@ -663,7 +585,7 @@ def write_cache(folder: Path, name: str, batch: int, size: int) -> LatentCache:
 def solvers(args: argparse.Namespace) -> list[Row]:
     """A velocity that costs next to nothing and whose own time is subtracted; rtol = atol = 1e-5, Euler with 100 steps.
     Peers see the pyramid as one flat vector."""
-    model, batch, begin, tolerance = stage_one(largest(args)).model, 8, 1e-3, 1e-5
+    model, batch, begin, tolerance = stage_one(beside_peers(args)[0]).model, 8, 1e-3, 1e-5
     shapes, device = level_shapes(model.levels, model.image_size), args.runtime.device
     noise = tuple(z.to(device) for z in pyramid_noise(shapes, 0, "noise", list(range(batch))))
     direction = tuple(torch.randn_like(z[:1]) for z in noise)  # one for all, whatever rows are not at the end yet
@@ -703,18 +625,22 @@ def solvers(args: argparse.Namespace) -> list[Row]:
         start = state.double().cpu().numpy().ravel()
         return solve_ivp(of_arrays, (begin, 1.0), start, rtol=tolerance, atol=tolerance, method="RK45")
 
-    def case(call: Callable[[], object]) -> Case:
+    def case(solver: Callable[[], object]) -> Case:
+        def call() -> None:
+            with torch.inference_mode():
+                solver()
+
         calls[0] = 0
         call()
         evaluations, half = calls[0], torch.full((batch,), 0.5, device=device)
         own = median(timed(lambda: velocity(half), device) for _ in range(100))
         return Case(call, batch, about={"evaluations": evaluations, "velocity_seconds": own})
 
-    calls_by_name = {
+    by_name: dict[str, Callable[[], object]] = {
         "ours: rk45": partial(ours, "rk45"), "ours: euler": partial(ours, "euler"),
         "torchdiffeq dopri5": dopri5, "scipy RK45": rk45,
     }  # fmt: skip
-    builders = {name: partial(case, torch.inference_mode()(call)) for name, call in calls_by_name.items()}
+    builders = {name: partial(case, solver) for name, solver in by_name.items()}
     rows = side_by_side(args, f"{batch} x {sum(map(math.prod, shapes))} values", builders)
     for row in rows:
         if "seconds" in row:
@@ -747,30 +673,27 @@ def size_of(count: float) -> str:
 
 def cells(row: Row) -> dict[str, str]:
     """What the table shows of a row, by heading."""
+    seconds, ratios, images = row.get("seconds"), row.get("ratios"), row.get("images", 1)
     found = {"of": row["of"], "what": row["what"]}
     if "parameters" in row:
         found["parameters"] = f"{significant(row['parameters'] / 1e6)} M"
     if "flops" in row:
         found["TFLOP"] = significant(row["flops"] / 1e12)
-    if seconds := row.get("seconds"):
-        found["time (fastest to slowest)"] = duration(median(seconds))
-        if len(seconds) > 1:
-            found["time (fastest to slowest)"] += f" ({duration(min(seconds))} to {duration(max(seconds))})"
+    if seconds:
+        found["time (fastest to slowest)"] = between(seconds, duration)
         found["turns"] = str(len(seconds))
-    if "seconds" in row and row.get("images", 1) > 1:
-        found["images/s"] = significant(row["images"] / median(seconds))
-    if "evaluations" in row:
-        found["evaluations"] = str(row["evaluations"])
+        found |= {"images/s": significant(images / median(seconds))} if images > 1 else {}
     if "overhead_seconds" in row:
+        found["evaluations"] = str(row["evaluations"])
         found["overhead an evaluation"] = duration(row["overhead_seconds"])
-    for key, heading in (("state_bytes", "state"), ("peak_bytes", "peak beside it")):
-        if key in row:
-            found[heading] = size_of(row[key])
-    if ratios := row.get("ratios"):
-        found["time / ours"] = (
-            f"{significant(median(ratios))} ({significant(min(ratios))} to {significant(max(ratios))})"
-        )
+    found |= {heading: size_of(row[key]) for key, heading in BYTES.items() if key in row}
+    found |= {"time / ours": between(ratios, significant)} if ratios else {}
     return found | ({"remark": row["remark"]} if "remark" in row else {})
+
+
+def between(values: Sequence[float], write: Callable[[float], str]) -> str:
+    """The median, and in brackets the least and the most."""
+    return f"{write(median(values))} ({write(min(values))} to {write(max(values))})"
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -784,35 +707,24 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def about(args: argparse.Namespace) -> dict[str, str]:
     """What the figures depend on."""
-    cuda = args.runtime.device.type == "cuda"
+    packages = [name for name in ("torch", "diffusers", "scipy", "torchdiffeq") if find_spec(name)]
+    processor = platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line for line in lines if line.startswith("model name")).split(": ", 1)[1]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", *sys.argv]),
-        "CPU": f"{cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, {memory:.1f} GiB",
-        "GPU": torch.cuda.get_device_name() if cuda else "not used",
+        "CPU": f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, {memory:.1f} GiB",
+        "GPU": torch.cuda.get_device_name() if args.device == "cuda" else "not used",
         "system": platform.platform(),
-        "versions": f"python {platform.python_version()}, "
-        + ", ".join(f"{name} {installed(name)}" for name in ("torch", "diffusers", "scipy", "torchdiffeq", "pillow")),
+        "versions": ", ".join(
+            [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)]
+        ),
         "commit": git_commit() or "unknown",
         "precision": "bfloat16 weights and autocast" if args.runtime.bf16 else "float32",
     }
-
-
-def installed(package: str) -> str:
-    """A version, or "missing"."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
-
-
-def cpu_model() -> str:
-    """As /proc/cpuinfo names it."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def limit_memory() -> None:

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,36 +175,32 @@ def contender(name: str, ratio: int, args: argparse.Namespace) -> tuple[list[str
         keys += [f"model.{half}.widths={[4] * depth}" for half in ("encoder", "decoder")]  # not used
         build = partial(PeerAutoencoder, family=name, width=args.peer_width)
         return [*keys, "model.attention.max_tokens=0"], build
-    model = load_config(AutoencoderTraining, TOOLS / "comparison.yaml", ["data.root=none", "run_dir=none",
-                        "loss.perceptual.weights=random"]).model  # fmt: skip
+    unset = ["data.root=none", "run_dir=none", "loss.perceptual.weights=random"]
+    model = load_config(AutoencoderTraining, TOOLS / "comparison.yaml", unset).model
     keys += [f"model.{half}.widths={getattr(model, half).widths[:depth]}" for half in ("encoder", "decoder")]
     return keys, PyramidAutoencoder
 
 
-def step_seconds(config: AutoencoderTraining, build: Build) -> float:
-    """Gradients and update of one image's share of a batch, warm: the fastest of three steps. Without reading images,
-    weight averages and the discriminator."""
-    runtime = start(config.device, config.precision)
-    state = build_state(config, runtime.device, build)
-    pixels = torch.randint(0, 256, (config.train.batch_size, *config.image_size, 3), dtype=torch.uint8)
-    batch, seconds = Batch(list(range(len(pixels))), pixels=pixels), []
-    for _ in range(4):
-        began = time.perf_counter()
-        accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
-        take_step(state.optimizer, state.autoencoder, 1.0, runtime, Metrics(), "grad_norm")
-        seconds.append(time.perf_counter() - began)
-    return min(seconds[1:]) / len(pixels)
-
-
 def time_steps(rows: dict[str, tuple[AutoencoderTraining, Build]], kept: Path) -> dict[str, float]:
     """Seconds of training an image, by row: one after the other on a machine in one mood, before anything is trained;
-    those in `kept` are not taken again."""
+    those in `kept` are not taken again. Gradients and update, the fastest of three warm steps; without reading images,
+    weight averages and the discriminator."""
     seconds: dict[str, float] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     for name, (config, build) in rows.items():
-        if name not in seconds:
-            seconds[name] = step_seconds(config, build)
-            print(f"{name}: {seconds[name]:.3f} s an image of training", flush=True)
-            write_json(kept, seconds)
+        if name in seconds:
+            continue
+        runtime, size = start(config.device, config.precision), config.train.batch_size
+        state = build_state(config, runtime.device, build)
+        pixels = torch.randint(0, 256, (size, *config.image_size, 3), dtype=torch.uint8)
+        times = [time.perf_counter()]
+        for _ in range(4):
+            batch = Batch(list(range(size)), pixels=pixels)
+            accumulate(config, state, state.autoencoder, state.discriminator, batch, runtime)
+            take_step(state.optimizer, state.autoencoder, 1.0, runtime, Metrics(), "grad_norm")
+            times.append(time.perf_counter())
+        seconds[name] = min(after - before for before, after in pairwise(times[1:])) / size
+        print(f"{name}: {seconds[name]:.3f} s an image of training", flush=True)
+        write_json(kept, seconds)
     return seconds
 
 

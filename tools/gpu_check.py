@@ -9,17 +9,13 @@ There, in a copy of this tree with that folder in it:
 
     python3 tools/gpu_check.py --wheels .whl --out "${OUT:-gpu_check}"
 
-To try every part without a GPU: `python tools/gpu_check.py --device cpu --scale small`.
-
 Runs the tests marked gpu and the benchmark, most important lines first, and trains both stages on landscapes of
-1024x2048 for a moment to draw two more. Each part is a process with a limit: one that fails or is too slow takes no
-other with it. --out is written as it goes, without folders: summary.md and summary.json, log.txt (what the parts
-printed, the benchmark's tables included), benchmark.json and pictures.jpg. No data are needed: landscapes are drawn
-there; VGG and the benchmark's networks have random weights.
+1024x2048 for a moment to draw two more; each part is a process with a limit. --out is written as it goes: summary.md,
+log.txt (what the parts printed, the benchmark's tables included), benchmark.json and pictures.jpg. Landscapes are drawn
+there; weights that are not trained are random. `--device cpu --scale small` tries every part without a GPU.
 """
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -32,7 +28,6 @@ import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "numpy", "pillow"}  # come with PyTorch's images, as do torchvision and scipy
@@ -50,17 +45,21 @@ class Check:
 
     def __init__(self, out: Path, work: Path, minutes: float) -> None:
         self.out, self.work, self.ends = out.resolve(), work, time.monotonic() + 60 * minutes - 5
-        self.outcomes: list[dict[str, Any]] = []
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = (self.out / "log.txt").open("w", encoding="utf-8")
         paths = [work / "site", ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONUNBUFFERED": "1"}
+        machine = f"Python {platform.python_version()}, PyTorch {installed('torch')}, {os.cpu_count()} cores"
+        self.summary = (
+            f"# What the GPU check found\n\n{machine}\n\n| part | outcome | seconds | last line |\n|{'---|' * 4}\n"
+        )
+        self.failed = False
 
     def left(self) -> float:
         """Seconds."""
         return self.ends - time.monotonic()
 
-    def start(self, words: tuple[object, ...]) -> "subprocess.Popen[str]":
+    def start(self, *words: object) -> "subprocess.Popen[str]":
         """`python WORDS`, a process group of its own that hears Ctrl-C even if we, in the background, do not."""
         if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -70,37 +69,28 @@ class Check:
         )  # fmt: skip
 
     def part(self, name: str, seconds: float, *words: object) -> bool:
-        """`python WORDS` for at most `seconds`; then Ctrl-C, which training takes as its end. Whether it went well."""
+        """`python WORDS` for at most `seconds`; then Ctrl-C, which training takes as its end. Whether it went well; a
+        line of the summary."""
         limit, began, last = min(seconds, self.left()), time.monotonic(), ""
         if limit < 3:
-            code, status = None, "not run: no time left"
+            code, outcome = None, "not run: no time left"
         else:
             print(f"\n==== {name}: python {' '.join(map(str, words))}", file=self.log, flush=True)
             print(f"{name} (at most {limit:.0f} s) ...", flush=True)
-            process = self.start(words)
+            process = self.start(*words)
             try:
                 code = process.wait(limit)
-                status = "done" if code == 0 else f"ended with {code}"
+                outcome = "done" if code == 0 else f"ended with {code}"
             except subprocess.TimeoutExpired:
                 code = stop(process, min(30.0, max(2.0, self.left())))
-                status = f"{'stopped' if code in (0, 130) else 'killed'} after {limit:.0f} s"
-            lines = [line for line in (self.out / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
-            last = lines[-1][:200]
-        seconds = round(time.monotonic() - began, 1)
-        print(f"  {status}, {seconds:.0f} s: {last}", flush=True)
-        self.outcomes.append({"part": name, "status": status, "seconds": seconds, "last_line": last})
-        self.summarise()
+                outcome = f"{'stopped' if code in (0, 130) else 'killed'} after {limit:.0f} s"
+            lines = (self.out / "log.txt").read_text(errors="replace").split("\n")
+            last = [line for line in lines if line.strip()][-1][:200].replace("|", "/")
+            self.failed |= code not in (0, 130)
+        print(f"  {outcome}: {last}", flush=True)
+        self.summary += f"| {name} | {outcome} | {time.monotonic() - began:.0f} | {last} |\n"
+        (self.out / "summary.md").write_text(self.summary, encoding="utf-8")
         return code in (0, 130)
-
-    def summarise(self) -> None:
-        """The parts so far, as JSON and as a table."""
-        machine = f"Python {platform.python_version()}, PyTorch {installed('torch')}, {os.cpu_count()} cores"
-        content = json.dumps({"machine": machine, "parts": self.outcomes}, indent=1)
-        (self.out / "summary.json").write_text(content + "\n", encoding="utf-8")
-        table = [["part", "outcome", "seconds", "last line"], ["---"] * 4]
-        table += [[str(value).replace("|", "/") for value in outcome.values()] for outcome in self.outcomes]
-        lines = ["# What the GPU check found", "", machine, "", *(f"| {' | '.join(cells)} |" for cells in table)]
-        (self.out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def stop(process: "subprocess.Popen[str]", patience: float) -> int:
@@ -152,7 +142,7 @@ def run_all(check: Check, args: argparse.Namespace) -> None:
     if args.device == "cuda" and not check.part("device", minute, "-c", name):
         return
     scenes = "8, (64, 64)" if small else "48, (1024, 2048)"
-    landscapes = check.start(("-c", f"{SCENES}draw(Path(sys.argv[1]), {scenes})", work / "photos"))  # meanwhile
+    landscapes = check.start("-c", f"{SCENES}draw(Path(sys.argv[1]), {scenes})", work / "photos")  # meanwhile
     tests = ["-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-v", "-s", "-p", "no:cacheprovider", "--durations=8"]
     tests += ["-k", "not 2048 and not ompiled"] * small  # a minute and a half
     check.part("tests", 3 * minute, *tests, "--accelerator", args.device)
@@ -229,8 +219,8 @@ def main() -> int:
         check = Check(args.out, Path(folder), args.minutes)
         run_all(check, args)
         check.log.close()
-    print("\n" + (check.out / "summary.md").read_text())
-    return int(any(outcome["status"].startswith(("ended", "killed")) for outcome in check.outcomes))
+    print(f"\n{check.summary}")
+    return int(check.failed)
 
 
 if __name__ == "__main__":
