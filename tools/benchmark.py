@@ -390,14 +390,14 @@ def train(args: argparse.Namespace) -> list[Row]:
     them; whole images, and two regions of 512. State is weights, averages and Adam's moments; the peak comes on top."""
     rows: list[Row] = []
     for name in ("demo",) if args.small else ("scapes2k", "people2k", "demo"):
-        size = stage_one(name).train.batch_size
         height, width = stage_one(name).image_size
-        builders = {f"{name}, whole": partial(step_one, args, name)}
+        one, two = (2, 2) if args.small else (stage_one(name).train.batch_size, 16)
+        builders = {f"{name}, whole": partial(step_one, args, name, f"train.batch_size={one}")}
         if min(height, width) > 512:
-            regions = ("train.regions=2", "train.region_size=512")
-            builders[f"{name}, 2 regions of 512"] = partial(step_one, args, name, *regions)
-        rows += side_by_side(args, f"stage one, {height}x{width}, batch {size}", builders)
-        rows += side_by_side(args, "stage two, batch 16", {name: partial(step_two, args, name, 16)})
+            keys = (f"train.batch_size={one}", "train.regions=2", "train.region_size=512")
+            builders[f"{name}, 2 regions of 512"] = partial(step_one, args, name, *keys)
+        rows += side_by_side(args, f"stage one, {height}x{width}, batch {one}", builders)
+        rows += side_by_side(args, f"stage two, batch {two}", {name: partial(step_two, args, name, two)})
     return rows
 
 
