@@ -1,64 +1,165 @@
-"""tools/compare_autoencoders.py: the same number of latent values for all, one loop, tables that go on."""
+"""tools/ablate.py and tools/compare.py: rows that train, peers that are the published ones, tables that go on."""
 
 import errno
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-pytestmark = pytest.mark.tools
-TOOLS = Path(__file__).parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
-import compare_autoencoders as compare  # noqa: E402
-from experiments import latents, rows, tables, unseen  # noqa: E402
-from experiments.command import exit_code  # noqa: E402
+import ablate  # noqa: E402
+import compare  # noqa: E402
 
-from pyramid_ldm.config import AutoencoderConfig  # noqa: E402
+from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, load_config  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
+from pyramid_ldm.config.base import to_yaml  # noqa: E402
 from pyramid_ldm.demo.scenes import render_landscape  # noqa: E402
 from pyramid_ldm.errors import UserError  # noqa: E402
-from pyramid_ldm.pyramid import Level  # noqa: E402
+from pyramid_ldm.evaluation import frechet  # noqa: E402
+from pyramid_ldm.pyramid import Level, latent_values  # noqa: E402
+from pyramid_ldm.training import autoencoder_state, train_flow  # noqa: E402
 from pyramid_ldm.training.runtime import start  # noqa: E402
 
+STAGE_ONE = ["run_dir=r", "data.root=d", "loss.perceptual.weights=random"]
+STAGE_TWO = ["run_dir=r", "data.shards=s"]
+tools = pytest.mark.tools
 
-def peer_config(factor, channels):
-    widths = [4] * factor.bit_length()
-    return AutoencoderConfig(
-        image_size=[2 * factor, 2 * factor],
-        levels=[Level(factor, channels)],
-        encoder=EncoderConfig(widths),
-        decoder=DecoderConfig(widths),
-        attention=AttentionConfig(max_tokens=0),
-    )
+
+def row(stage, name):
+    if stage == "autoencoder":
+        recipe = ablate.TOOLS / "ablation_recipe.yaml"
+        return load_config(AutoencoderTraining, recipe, [*ablate.ROWS[stage][name], *STAGE_ONE])
+    return load_config(FlowTraining, ablate.TOOLS / "flow.yaml", [*ablate.ROWS[stage][name], *STAGE_TWO])
+
+
+@tools
+def test_every_row_is_another_network_or_loss_on_as_many_values():
+    levels = [Level(64, 16), Level(16, 8), Level(8, 4), Level(4, 1)]  # the demo's
+    for stage, rows in ablate.ROWS.items():
+        default = to_yaml(row(stage, "default"))
+        for name in rows:
+            config = row(stage, name)
+            assert (to_yaml(config) == default) == (name == "default"), name
+            if stage == "autoencoder":
+                assert latent_values(config.model.levels, config.image_size) == 512, name
+            else:
+                config.resolve([64, 64], levels)
+
+
+class Colours:
+    """Stands where the Inception network does: three features, the mean colour."""
+
+    def __init__(self, path, device):
+        self.device = device
+
+    def __call__(self, images):
+        return images.mean(dim=(2, 3))
+
+
+@tools
+def test_rows_of_stage_two_are_trained_once_and_measured_with_more_steps(tmp_path, finished, photographs, monkeypatch):
+    words = ["network", "--shards", str(finished), "--reference", str(photographs), "--inception", "none.pt",
+             "--out", str(tmp_path / "out"), "--rows", "default", "time logit-normal", "--images", "4",
+             "--samples", "3", "--set", "model.widths=[8, 8]", "train.batch_size=2", "log.every=2"]  # fmt: skip
+    monkeypatch.setattr(frechet, "Inception", Colours)
+    monkeypatch.setattr(train_flow, "EXAMINED", 4)
+    assert ablate.main([*words, "--steps", "2"]) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["default", "time logit-normal"]
+    assert re.search(r"3 samples against 12 real images\. Half of these, 6, are -?\d", table)
+    monkeypatch.setattr(ablate, "train_flow", None)  # what is done is not trained again
+    assert ablate.main([*words, "--steps", "2", "3"]) == 0
+    more = (tmp_path / "out" / "table.md").read_text()
+    assert "KID x 1000, Euler 2 | KID x 1000, Euler 3 | FID, Euler 3" in more
+    assert more.splitlines()[2].split("|")[2] == table.splitlines()[2].split("|")[2]
+
+
+class Difference:
+    """Stands where LPIPS does."""
+
+    def __init__(self, weights, device):
+        pass
+
+    def __call__(self, image, target):
+        return (image - target).abs().mean()
+
+    def in_parts(self, image, target):
+        return float(self(image, target))
+
+
+def landscapes(folder, numbers):
+    """As large as the recipe's crops."""
+    folder.mkdir()
+    for i in numbers:
+        Image.fromarray(render_landscape(i, 128, 140)).save(folder / f"{i}.png")
+    return folder
+
+
+@tools
+def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("matplotlib")
+    photographs, others = landscapes(tmp_path / "photographs", range(6)), landscapes(tmp_path / "others", (10, 11))
+    words = ["--data", str(photographs), "--out", str(tmp_path / "out"), "--vgg", "random",
+             "--ratios", "192", "--models", "ours-single", "sd-vae", "--images", "2", "--peer-width", "0.25",
+             "--test", str(others),
+             "--set", "train.batch_size=1", "precision=fp32", "log.examined=1", "model.encoder.blocks=1",
+             "model.attention.max_tokens=0",
+             "model.encoder.widths=[8, 8, 8, 8, 16, 16]", "model.decoder.widths=[8, 8, 8, 8, 16, 16]"]  # fmt: skip
+    monkeypatch.setattr(ablate, "CROPS", 4)
+    monkeypatch.setattr(compare, "TEST_CROPS", 1)
+    for module in (compare, autoencoder_state):
+        monkeypatch.setattr(module, "PerceptualLoss", Difference)
+    assert compare.main(words) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {name} 1:192 | 192 | 256 |" in table for name in ("ours-single", "sd-vae"))
+    assert "| bicubic |  | at most 256 |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    tested = (tmp_path / "out" / "test.md").read_text()
+    assert tested.startswith("|  | PSNR, dB | SSIM | LPIPS | seeds |")
+    assert all(f"| {name} 1:192 |" in tested for name in ("ours-single", "sd-vae", "bicubic"))
+    assert tested.endswith("2 crops of 2 photographs.\n")
+    monkeypatch.setattr(ablate, "train_autoencoder", None)  # nothing is trained, or measured, twice
+    monkeypatch.setattr(compare, "load_model", None)
+    assert compare.main(words) == 0
+    assert (tmp_path / "out" / "table.md").read_text() == table
 
 
 def build_peer(family, factor, channels, width):
     pytest.importorskip("diffusers")
-    from experiments.peers import PeerAutoencoder
-
+    widths = [4] * factor.bit_length()
+    config = AutoencoderConfig(
+        image_size=[2 * factor, 2 * factor], levels=[Level(factor, channels)], encoder=EncoderConfig(widths),
+        decoder=DecoderConfig(widths), attention=AttentionConfig(max_tokens=0),
+    )  # fmt: skip
     torch.manual_seed(0)
-    return PeerAutoencoder(peer_config(factor, channels), family, width)
+    return compare.PeerAutoencoder(config, family, width)
 
 
+@tools
 @pytest.mark.parametrize(("family", "factor", "channels", "millions"), [("sd-vae", 8, 4, 83.7), ("dc-ae", 32, 32, 323)])
 def test_at_full_width_peers_are_the_published_ones(family, factor, channels, millions):
     with torch.device("meta"):
         model = build_peer(family, factor, channels, 1.0)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
-        millions, rel=3e-3
-    )  # and our log-variances
+    parameters = sum(p.numel() for p in model.parameters())
+    assert parameters / 1e6 == pytest.approx(millions, rel=3e-3)  # and our log-variances
 
 
-@pytest.mark.parametrize("family", ["sd-vae", "dc-ae"])
-@pytest.mark.parametrize("factor", [16, 32])
-def test_a_peer_is_an_autoencoder_of_ours(family, factor):
-    model = build_peer(family, factor, 4, 1 / 8 if family == "dc-ae" else 1 / 4)
-    image = torch.randn(1, 3, 2 * factor, 2 * factor, generator=torch.Generator().manual_seed(1))
+@tools
+@pytest.mark.parametrize(("family", "width"), [("sd-vae", 1 / 4), ("dc-ae", 1 / 8)])
+def test_a_peer_is_an_autoencoder_of_ours(family, width):
+    model = build_peer(family, 16, 4, width)
+    image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     output = model(image)
     assert output.reconstruction.shape == image.shape
     assert [tuple(level.shape) for level in output.posterior.mean] == [(1, 4, 2, 2)]
@@ -67,6 +168,19 @@ def test_a_peer_is_an_autoencoder_of_ours(family, factor):
     assert all(p.grad is not None for p in model.parameters())
     assert model.decoder.last_weight.shape[0] == (12 if family == "dc-ae" else 3)  # pixel shuffle: 2x2 pixels
     assert model.decoder.last_weight.grad.abs().sum() > 0
+
+
+@tools
+def test_figures_on_unseen_photographs_of_known_reconstructions():
+    unseen = object.__new__(compare.Unseen)
+    unseen.images = 0.5 * torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    unseen.perceptual = lambda image, target: 3 * (target - image).mean()
+    unseen.inception = lambda batch: batch.mean(dim=(2, 3))  # three features: the mean colour
+    unseen.runtime = start("cpu", "fp32")
+    darker = unseen.measure(lambda batch: batch - 0.2)
+    assert darker["psnr"] == pytest.approx(10 * math.log10(4 / 0.2**2), abs=1e-4)
+    assert darker["lpips"] == pytest.approx(0.6)
+    assert darker["rfid"] == pytest.approx(3 * 0.2**2, abs=1e-5)  # means differ by 0.2 in three features, nothing else
 
 
 @pytest.mark.parametrize("ratio", compare.PYRAMIDS)
@@ -79,112 +193,81 @@ def test_every_contender_has_the_same_number_of_values(ratio):
     assert 3 * 128**2 / values(pyramid) == ratio
 
 
-def landscapes(folder, numbers):
-    """As large as the recipe's crops."""
-    folder.mkdir()
-    for i in numbers:
-        Image.fromarray(render_landscape(i, 128, 140)).save(folder / f"{i}.png")
-    return folder
-
-
-def test_a_comparison_trains_all_alike_and_goes_on(tmp_path, monkeypatch):
-    pytest.importorskip("diffusers")
-    pytest.importorskip("matplotlib")
-    photographs, others = landscapes(tmp_path / "photographs", range(6)), landscapes(tmp_path / "others", (10, 11))
-    words = ["compare", "--data", str(photographs), "--out", str(tmp_path / "out"), "--vgg", "random",
-             "--ratios", "192", "--models", "ours", "sd-vae", "--images", "2", "--peer-width", "0.25",
-             "--test", str(others),
-             "--set", "train.batch_size=1", "precision=fp32", "model.encoder.blocks=1"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(rows, "STATISTICS", 4)
-    monkeypatch.setattr(unseen, "CROPS", 1)
-    assert compare.main() == 0
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert "| ours 1:192 |" in table
-    assert "| sd-vae 1:192 |" in table
-    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
-    for name in ("ours", "sd-vae"):
-        result = json.loads((tmp_path / "out" / f"{name}-1-192-0" / "result.json").read_text())
-        assert result["latent_values"] == 256
-    assert "| bicubic |  | at most 256 |" in table
-    judged = (tmp_path / "out" / "test.md").read_text()
-    assert judged.startswith("| | PSNR, dB | SSIM | LPIPS | seeds |")
-    assert all(f"| {name} 1:192 |" in judged for name in ("ours", "sd-vae", "bicubic"))
-    assert judged.endswith("2 crops of 2 photographs.\n")
-    monkeypatch.setattr(rows, "train_autoencoder", None)  # nothing is trained, or judged, twice
-    monkeypatch.setattr(unseen, "load_model", None)
-    assert compare.main() == 0
-    again = (tmp_path / "out" / "table.md").read_text()
-    thumbnail = again.index("| bicubic")  # through an untrained VGG-16, another one each time
-    assert again[:thumbnail] == table[:thumbnail]
-
-
-def test_figures_on_unseen_photographs_of_known_reconstructions():
-    images = 0.5 * torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    judge = unseen.Unseen(
-        "six",
-        {},
-        images,
-        perceptual=lambda image, target: 3 * (target - image).mean(),
-        inception=lambda batch: batch.mean(dim=(2, 3)),  # three features: the mean colour
-        real=images.mean(dim=(2, 3)),
-        runtime=start("cpu", "fp32"),
-    )
-    same = judge.figures(lambda batch: batch)
-    assert same["ssim"] == pytest.approx(1)
-    assert same["lpips"] == 0
-    assert same["rfid"] == pytest.approx(0, abs=1e-6)
-    darker = judge.figures(lambda batch: batch - 0.2)
-    assert darker["psnr"] == pytest.approx(10 * math.log10(4 / 0.2**2), abs=1e-4)
-    assert darker["lpips"] == pytest.approx(0.6)
-    assert darker["rfid"] == pytest.approx(3 * 0.2**2, abs=1e-5)  # means differ by 0.2 in three features, nothing else
-    assert same["ssim"] > darker["ssim"]
-
-
-def test_photographs_that_were_trained_on_judge_nothing(photographs):
-    with pytest.raises(UserError, match=r"are in .*, too"):
-        unseen.Unseen.of_folder(photographs, photographs, (32, 32), 1.0, "random", None)
-
-
+@tools
 def test_predictability_of_known_pyramids():
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(200, 4, 2, 2, generator=generator)
     news = torch.randn(200, 4, 4, 4, generator=generator)
     repeated = torch.nn.functional.interpolate(coarse, scale_factor=2)
-    assert latents.predictability((coarse + 3, news + 3))[1] == pytest.approx(0, abs=0.02)
-    assert latents.predictability((coarse[:, :, :1, :1], news))[0] is None
-    assert latents.predictability((coarse, repeated))[1] == pytest.approx(1, abs=0.02)
-    mixed = latents.predictability((coarse, (repeated + news) / 2**0.5))[1]
+    assert ablate.predictability((coarse + 3, news + 3))[1] == pytest.approx(0, abs=0.02)
+    assert ablate.predictability((coarse[:, :, :1, :1], news))[0] is None
+    assert ablate.predictability((coarse, repeated))[1] == pytest.approx(1, abs=0.02)
+    mixed = ablate.predictability((coarse, (repeated + news) / 2**0.5))[1]
     assert 0.45 < mixed < 0.65  # half from below, and a little more from neighbours that share it
 
 
+@tools
+def test_photographs_that_were_trained_on_test_nothing(tmp_path, photographs):
+    args = compare.parse(["--data", str(photographs), "--test", str(photographs), "--out", str(tmp_path)])
+    with pytest.raises(UserError, match=r"are in .*, too"):
+        compare.Unseen(args, None)
+
+
+@tools
 @pytest.mark.parametrize("fault", ["no such folder", "train.batch_size"])
-def test_wrong_input_is_one_line(tmp_path, photographs, capsys, monkeypatch, fault):
+def test_wrong_input_is_one_line(tmp_path, photographs, capsys, fault):
     folder, key = (photographs, "train.batch_sise=1") if "batch" in fault else (tmp_path / "none", "seed=0")
-    words = ["compare", "--data", str(folder), "--out", str(tmp_path / "out"), "--vgg", "random",
+    words = ["--data", str(folder), "--out", str(tmp_path / "out"), "--vgg", "random",
              "--models", "ours", "--ratios", "192", "--set", key]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", words)
-    assert compare.main() == 2
+    assert compare.main(words) == 2
     error = capsys.readouterr().err
     assert fault in error
     assert error.count("\n") == 1
 
 
-def test_a_row_of_other_options_is_not_passed_off_as_this_one(tmp_path):
-    rows.remember(tmp_path / "out" / "row-0", {"images": 1})
-    rows.remember(tmp_path / "out" / "row-0", {"images": 1})
-    with pytest.raises(UserError, match="other options"):
-        rows.remember(tmp_path / "out" / "row-0", {"images": 2})
-
-
-def test_a_spread_is_mean_and_standard_deviation():
-    assert tables.spread([20.0, 22.0], 2) == "21.00 ± 1.41"
-    assert tables.spread([20.0], 1) == "20.0"
-
-
-def test_a_full_disk_is_one_line(capsys):
+@tools
+def test_a_full_disk_is_one_line_and_another_row_is_not_passed_off_as_this_one(tmp_path, capsys):
     def work():
         raise OSError(errno.ENOSPC, "No space left on device", "out/result.json")
 
-    assert exit_code("ablate", work) == 2
+    assert ablate.exit_code("ablate", work) == 2
     assert capsys.readouterr().err == "ablate: out/result.json: No space left on device\n"
+    for images in (1, 1):
+        ablate.remember(tmp_path / "out" / "row-0", {"images": images})
+    assert json.loads((tmp_path / "out" / "row-0.json").read_text()) == {"images": 1}
+    with pytest.raises(UserError, match="other options"):
+        ablate.remember(tmp_path / "out" / "row-0", {"images": 2})
+
+
+def test_a_spread_is_mean_and_standard_deviation():
+    assert ablate.spread([20.0, 22.0], 2) == "21.00 ± 1.41"
+    assert ablate.spread([20.0], 1) == "20.0"
+
+
+def keys_of(config, before=""):
+    for key, value in config.items():
+        yield before + key
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{before}{key}.")
+
+
+def test_every_switch_that_is_documented_is_a_key():
+    text = (ROOT / "docs" / "EXPERIMENTS.md").read_text()
+    table = text[text.index("## The switches") :]
+    named = re.findall(r"`([a-z_.]+)`", "".join(line.split("|")[2] for line in table.splitlines() if "|" in line))
+    known = {key for stage in ablate.ROWS for key in keys_of(yaml.safe_load(to_yaml(row(stage, "default"))))}
+    assert len(named) > 20
+    assert set(named) <= known
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "autoencoder_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_named_after_the_papers_data_sets_keep_its_choices(path):
+    config = load_config(AutoencoderTraining, path, ["data.root=x"])
+    papers = path.stem not in ("demo", "demo_vq", "photographs_256")
+    assert config.model.encoder.image_patch == (1 if papers else 4)
+    assert config.model.decoder.branch_blocks == (2 if papers else 1)
+    assert config.model.encoder.spectral_norm
+    assert config.model.skip == "res_skip"
+    assert config.model.attention.decoder == "spatial_channel"
+    assert config.model.encoder.pooling == "average"
+    assert config.model.decoder.dropout == (0.35 if papers else 0.0)

@@ -1,1 +1,0 @@
-"""Experiments that the defaults rest on: rows of a table, each a config, its overrides and a seed."""
