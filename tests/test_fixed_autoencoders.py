@@ -1,6 +1,7 @@
 """Stages one without parameters: pixels and wavelets, alone and through the commands."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,3 +217,22 @@ def test_other_photographs_than_the_run_began_with_are_refused(tmp_path, photogr
         Image.fromarray(pixels).save(other / f"{seed}.png")
     assert run(*words, f"data.root={other}") == 2
     assert "give the former as data.root" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["demo_pixels", "demo_wavelet"])
+def test_the_next_command_is_of_the_same_shape(tmp_path, photographs, capsys, name):
+    shipped = Path(__file__).parent.parent / f"autoencoder_configs/{name}.yaml"
+    (tmp_path / "mine.yaml").write_text(shipped.read_text())
+    words = [
+        "encode",
+        tmp_path / "mine.yaml",
+        "--data",
+        photographs,
+        "--out",
+        tmp_path / "z",
+        "--workers",
+        0,
+        "--upscale",
+    ]
+    assert run(*words) == 0
+    assert f"train-flow diffusion_configs/{name}.yaml data.shards=" in capsys.readouterr().out

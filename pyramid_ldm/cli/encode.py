@@ -1,6 +1,8 @@
 """`pyramid-ldm encode`."""
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pyramid_ldm.cli.common import (
     MOST,
@@ -14,6 +16,9 @@ from pyramid_ldm.cli.common import (
     shipped,
     whole,
 )
+
+if TYPE_CHECKING:
+    from pyramid_ldm.pyramid import Level
 
 NAME = "encode"
 HELP = "photographs to latent shards with a trained autoencoder (run again to resume)"
@@ -88,7 +93,8 @@ def run(arguments: argparse.Namespace) -> bool:
 
 
 def fitting_config(arguments: argparse.Namespace) -> str:
-    """A config for a flow on these latents: of the name that the autoencoder's run has, else the first that fits."""
+    """A config of stage two for these latents: that of the shipped stage one with their name or their shape, else the
+    first that fits."""
     from pyramid_ldm.config import FlowTraining, load_config
     from pyramid_ldm.data.plan import Plan
     from pyramid_ldm.data.shards import read_index
@@ -96,12 +102,29 @@ def fitting_config(arguments: argparse.Namespace) -> str:
 
     plan = Plan.from_dict(read_index(arguments.out)["plan"])
     name = arguments.autoencoder.resolve().name.removesuffix(".yaml").removesuffix("-ae")
-    every = sorted(shipped("diffusion_configs"), key=lambda path: (path.stem != name, path.stem != "photographs_256"))
+    alike = [path.stem for path in shipped("autoencoder_configs") if shape_of(path) == (plan.image_size, plan.levels)]
+    every = sorted(
+        shipped("diffusion_configs"),
+        key=lambda path: (path.stem != name, path.stem not in alike, path.stem != "photographs_256"),
+    )
     for path in every:
         config = load_config(FlowTraining, path, ["data.shards=x"])
         try:
-            config.model.resolve(plan.image_size, plan.levels)
+            config.resolve(plan.image_size, plan.levels)
         except UserError:
             continue
         return f"diffusion_configs/{path.name}"
     return "CONFIG.yaml"
+
+
+def shape_of(path: Path) -> "tuple[list[int], list[Level]]":
+    """Image size and levels of a stage one's config."""
+    from pyramid_ldm.config import AutoencoderTraining, load_config
+    from pyramid_ldm.config.fixed import FIXED, kind_of
+
+    kind = kind_of(path)
+    if kind in FIXED:
+        fixed = load_config(FIXED[kind], path)
+        return list(fixed.image_size), list(fixed.levels)
+    config = load_config(AutoencoderTraining, path, ["data.root=x"])
+    return list(config.image_size), list(config.model.levels)
