@@ -15,7 +15,7 @@ from torch import Tensor
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.processes import rk45 as dormand_prince
 from pyramid_ldm.processes.process import SPACINGS, Prediction, Process
-from pyramid_ldm.processes.steps import Draw, Walk, abm2, ancestral, dpmpp_2m, first_order, heun, on_host
+from pyramid_ldm.processes.steps import Draw, Walk, abm2, ancestral, dpmpp_2m, first_order, heun, on_host, times
 from pyramid_ldm.pyramid import Pyramid, flatten, unflatten
 
 Predict = Callable[[Pyramid, Tensor, Tensor], Prediction]  # (noisy, t, the t that the network is told)
@@ -190,7 +190,7 @@ def _adaptive(options: SolverOptions, process: Process, counted: _Counted, noise
     begin, end = process.span
     shapes = [(level.shape[1], level.shape[2], level.shape[3]) for level in noise]
     scales = [float(process.at_start(on_host(begin), shift)) for shift in process.shifts(len(noise))]
-    start = flatten(tuple(z if scale == 1 else scale * z for z, scale in zip(noise, scales, strict=True)))
+    start = flatten(tuple(times(z, scale) for z, scale in zip(noise, scales, strict=True)))
 
     def drift(flat: Tensor, t: Tensor, reached: float) -> Pyramid:
         prediction = counted(unflatten(flat, shapes), t, t, reached)

@@ -38,7 +38,7 @@ class Walk:
         self.nodes.append(Node(1.0, (1.0,) * len(noise), (0.0,) * len(noise)))
         first = on_host(grid[0])
         scales = [float(process.at_start(first, shift)) for shift in shifts]
-        self.start = tuple(z if scale == 1 else scale * z for z, scale in zip(noise, scales, strict=True))
+        self.start = tuple(times(z, scale) for z, scale in zip(noise, scales, strict=True))
 
     def _node(self, time: float, shifts: Sequence[float]) -> Node:
         pairs = [self.process.coefficients(on_host(time), shift) for shift in shifts]
@@ -71,10 +71,10 @@ class Walk:
         for i, z in enumerate(latents):
             (scale, begin), (next_scale, end) = self.place(a, i), self.place(b, i)
             weights = integrals([self.place(node, i)[1] for node, _ in known], begin, end)
-            z = z if scale == 1 else z / scale
+            z = times(z, 1 / scale)
             for (_, direction), weight in zip(known, weights, strict=True):
                 z = torch.add(z, direction[i], alpha=weight)
-            moved.append(z if next_scale == 1 else z * next_scale)
+            moved.append(times(z, next_scale))
         return tuple(moved)
 
 
@@ -92,6 +92,11 @@ def integrals(points: Sequence[float], begin: float, end: float) -> list[float]:
     return [
         (end - begin) / 6 * (basis(i, begin) + 4 * basis(i, middle) + basis(i, end)) for i in range(len(points))
     ]  # fmt: skip
+
+
+def times(z: Tensor, factor: float) -> Tensor:
+    """Their product; z itself where the factor is 1 but for rounding."""
+    return z if math.isclose(factor, 1.0, rel_tol=1e-12) else z * factor
 
 
 def on_host(time: float) -> Tensor:
