@@ -22,6 +22,7 @@ from pyramid_ldm.pyramid import Pyramid, sinc_shared
 Coefficient = Tensor | float  # (B, 1, 1, 1), or one for the whole batch
 
 SPACINGS = ("uniform", "cosine", "karras")
+FAINTEST = -6.0  # log-SNR
 RHO = 7.0  # Karras et al. 2022, equation 5
 
 
@@ -157,7 +158,15 @@ class Process(ABC):
     @property
     def span(self) -> tuple[float, float]:
         """Between which times a solver of adaptive steps runs; if not to 1, the data seen from there is the result."""
-        return 0.0, 1.0
+        return self.begin, 1.0
+
+    @property
+    def begin(self) -> float:
+        """Where sampling starts: 0; where noise is predicted, at a log-SNR of -6, for the data are read from it by
+        division by alpha, which multiplies the network's error (Latent Diffusion's schedule begins at -5)."""
+        if self.prediction != "noise":
+            return 0.0
+        return float(self.time_of(torch.tensor(FAINTEST, dtype=torch.float64)))
 
     @property
     def clean_at_end(self) -> bool:
@@ -174,11 +183,13 @@ class Process(ABC):
         "uniform" in t; "cosine": denser at both ends; "karras": sigma / alpha falls as in EDM (equation 5), from 80 or
         where the process begins to 0.002 or where it ends.
         """
-        if spacing == "uniform":
-            return [k / steps for k in range(steps)]
-        if spacing == "cosine":
-            return [(1 - math.cos(math.pi * k / steps)) / 2 for k in range(steps)]
-        ends = self.log_snr(torch.tensor([1e-6, 1 - 1e-6], dtype=torch.float64))
+        begin = self.begin
+        if spacing in ("uniform", "cosine"):
+            shares = [k / steps for k in range(steps)]
+            if spacing == "cosine":
+                shares = [(1 - math.cos(math.pi * share)) / 2 for share in shares]
+            return [begin + (1 - begin) * share for share in shares]
+        ends = self.log_snr(torch.tensor([max(begin, 1e-6), 1 - 1e-6], dtype=torch.float64))
         high, low = (-ends / 2).exp().tolist()
         high, low = min(high, 80.0) ** (1 / RHO), max(low, 0.002) ** (1 / RHO)
         ratio = (high + (low - high) * torch.linspace(0, 1, max(steps, 2), dtype=torch.float64)[:steps]) ** RHO

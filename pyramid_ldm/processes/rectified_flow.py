@@ -59,15 +59,15 @@ class RectifiedFlow(Process):
         does (steps of (1 - eps) / N would leave 0.1% of the noise in)."""
         return self.eps + (1 - self.eps) * t if self.clean_at_end else t
 
-    def grid(self, steps: int, spacing: str = "uniform") -> list[float]:
-        """From 0; where the network does not predict the velocity, nothing can be read from it there: from eps."""
-        times = super().grid(steps, spacing)
-        return times if self.clean_at_end else [max(t, self.eps) for t in times]
+    @property
+    def begin(self) -> float:
+        """0; where the network does not predict the velocity, nothing can be read from it there: at least eps."""
+        return super().begin if self.clean_at_end else max(super().begin, self.eps)
 
     @property
     def span(self) -> tuple[float, float]:
         """eps to 1; where the network does not predict the velocity, which has no limit at 1, to 1 - eps."""
-        return self.eps, 1.0 if self.clean_at_end else 1 - self.eps
+        return max(self.begin, self.eps), 1.0 if self.clean_at_end else 1 - self.eps
 
     @property
     def clean_at_end(self) -> bool:
@@ -75,8 +75,8 @@ class RectifiedFlow(Process):
         return self.prediction == "velocity"
 
     def at_start(self, t: Tensor, shift: float = 1.0) -> Tensor:
-        """1: the noise itself, also at t = eps (PDM section 4.2)."""
-        return torch.ones_like(t)
+        """sigma, but 1 where the velocity is predicted: the noise itself, also at t = eps (PDM section 4.2)."""
+        return torch.ones_like(t) if self.clean_at_end else super().at_start(t, shift)
 
     def drift(self, prediction: Prediction, t: Tensor) -> Pyramid:
         """tau' (x - eps)."""
