@@ -21,7 +21,7 @@ import compare  # noqa: E402
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, load_config  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
 from pyramid_ldm.config.base import to_yaml  # noqa: E402
-from pyramid_ldm.config.fixed import FIXED, kind_of
+from pyramid_ldm.config.fixed import FIXED, kind_of  # noqa: E402
 from pyramid_ldm.demo.scenes import render_landscape  # noqa: E402
 from pyramid_ldm.errors import UserError  # noqa: E402
 from pyramid_ldm.evaluation import frechet  # noqa: E402
