@@ -47,7 +47,7 @@ def main() -> None:
     for count in options.evaluations:
         for solver in options.solvers:
             for run in options.runs:
-                key = f"{run.name} {solver} {count} {options.spacing} seed {options.seed} x {options.samples}"
+                key = cell(run, solver, count, options)
                 if key in found:
                     continue
                 pipeline = PyramidPipeline.from_pretrained(run).to(device)
@@ -70,17 +70,19 @@ def solver_options(solver: str, evaluations: int, spacing: str) -> SolverOptions
     return SolverOptions(solver, steps=steps, spacing=spacing)
 
 
+def cell(run: Path, solver: str, evaluations: int, options: argparse.Namespace) -> str:
+    """What --out calls a figure."""
+    return f"{run.name} {solver} {evaluations} {options.spacing} seed {options.seed} x {options.samples}"
+
+
 def table(found: dict[str, dict[str, float]], options: argparse.Namespace) -> str:
     """KID x 1000: a row a run and solver, a column a number of evaluations."""
     lines = ["| network | solver | " + " | ".join(map(str, options.evaluations)) + " |"]
     lines.append("|---|---|" + "---|" * len(options.evaluations))
     for run in options.runs:
         for solver in options.solvers:
-            keys = [
-                f"{run.name} {solver} {count} {options.spacing} seed {options.seed} x {options.samples}"
-                for count in options.evaluations
-            ]
-            cells = [f"{1000 * found[key]['kid']:.1f}" for key in keys]
+            kids = [found[cell(run, solver, count, options)]["kid"] for count in options.evaluations]
+            cells = [f"{1000 * kid:.1f}" for kid in kids]
             lines.append(f"| {run.name} | {solver} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ from pyramid_ldm.condition import Condition, Context, Network
 from pyramid_ldm.pyramid import Pyramid, sinc_shared
 
 Coefficient = Tensor | float  # (B, 1, 1, 1), or one for the whole batch
+Coefficients = Sequence[Coefficient]  # one a level
 
 SPACINGS = ("uniform", "cosine", "karras")
 FAINTEST = -6.0  # log-SNR
@@ -232,15 +233,10 @@ class Process(ABC):
             told: the t that the network is told, if another.
         """
         alphas, sigmas = self.all_coefficients(t, len(noisy))
-        context = self.context(noisy, t if told is None else told, condition)
-        output = tuple(level.float() for level in network(self._inputs(noisy, alphas, sigmas), context))
-        if self.prediction != "preconditioned":
-            return Prediction(self.prediction, output, noisy, alphas, sigmas)
-        data = []
-        for f, z, alpha, sigma in zip(output, noisy, alphas, sigmas, strict=True):
-            skip, out, _ = self._preconditioning(alpha, sigma)
-            data.append(skip * z / alpha + out * f)
-        return Prediction("data", tuple(data), noisy, alphas, sigmas)
+        output = self._evaluate(
+            network, noisy, alphas, sigmas, self.context(noisy, t if told is None else told, condition)
+        )
+        return self._prediction(output, noisy, alphas, sigmas)
 
     def context(self, noisy: Pyramid, t: Tensor, condition: Condition) -> Context:
         """What the network is told, a row a sample."""
@@ -248,7 +244,7 @@ class Process(ABC):
         like, count = noisy[0], noisy[0].shape[0]
 
         def rows(values: Tensor) -> Tensor:
-            if values.numel() == 1 and values.device.type == "cpu":
+            if is_one(values):
                 return torch.full((count,), float(values), device=like.device)
             return values.float()
 
@@ -271,27 +267,14 @@ class Process(ABC):
             data, noise: clean, and independent standard normal; (B, C_i, H_i, W_i) a level.
         """
         noise = self.correlated(noise)
-        noisy, condition = self.interpolate(data, noise, t), condition or Condition()
         alphas, sigmas = self.all_coefficients(t, len(data))
-        if self.prediction == "preconditioned" and self.error is None:
-            inputs = self._inputs(noisy, alphas, sigmas)
-            found = tuple(level.float() for level in network(inputs, self.context(noisy, t, condition)))
-            wanted = []
-            for x, z, alpha, sigma in zip(data, noisy, alphas, sigmas, strict=True):
-                skip, out, _ = self._preconditioning(alpha, sigma)
-                wanted.append((x - skip * z / alpha) / out)
-            target = tuple(wanted)
-        else:
-            prediction = self.predict(network, noisy, t, condition)
-            kind = self.error or self.prediction
-            found = prediction.read(kind)
-            match kind:
-                case "velocity":
-                    target = tuple(x - e for x, e in zip(data, noise, strict=True))
-                case "v":
-                    target = tuple(a * e - s * x for a, s, x, e in zip(alphas, sigmas, data, noise, strict=True))
-                case _:
-                    target = data if kind == "data" else noise
+        noisy = tuple(a * x + s * e for a, s, x, e in zip(alphas, sigmas, data, noise, strict=True))
+        output = self._evaluate(network, noisy, alphas, sigmas, self.context(noisy, t, condition or Condition()))
+        kind = self.error or self.prediction
+        found = output
+        if kind != self.prediction:
+            found = self._prediction(output, noisy, alphas, sigmas).read(kind)
+        target = self._target(kind, data, noise, noisy, alphas, sigmas)
         errors = torch.stack([self._mean_square(a - b) for a, b in zip(target, found, strict=True)])  # (levels, B)
         weights = one_a_level("level_weights", self.level_weights, len(data))
         levels = errors.mean(dim=1)
@@ -308,13 +291,44 @@ class Process(ABC):
             total = total + error.square().flatten(1).mean(dim=1) / side
         return total
 
-    def _inputs(self, noisy: Pyramid, alphas: Sequence[Coefficient], sigmas: Sequence[Coefficient]) -> Pyramid:
+    def _evaluate(
+        self, network: Network, noisy: Pyramid, alphas: Coefficients, sigmas: Coefficients, context: Context
+    ) -> Pyramid:
+        inputs = noisy
+        if self.prediction == "preconditioned":
+            inputs = tuple(
+                self._preconditioning(alpha, sigma)[2] * z / alpha
+                for z, alpha, sigma in zip(noisy, alphas, sigmas, strict=True)
+            )
+        return tuple(level.float() for level in network(inputs, context))
+
+    def _prediction(self, output: Pyramid, noisy: Pyramid, alphas: Coefficients, sigmas: Coefficients) -> Prediction:
         if self.prediction != "preconditioned":
-            return noisy
-        return tuple(
-            self._preconditioning(alpha, sigma)[2] * z / alpha
-            for z, alpha, sigma in zip(noisy, alphas, sigmas, strict=True)
-        )
+            return Prediction(self.prediction, output, noisy, alphas, sigmas)
+        data = []
+        for f, z, alpha, sigma in zip(output, noisy, alphas, sigmas, strict=True):
+            skip, out, _ = self._preconditioning(alpha, sigma)
+            data.append(skip * z / alpha + out * f)
+        return Prediction("data", tuple(data), noisy, alphas, sigmas)
+
+    def _target(
+        self, kind: str, data: Pyramid, noise: Pyramid, noisy: Pyramid, alphas: Coefficients, sigmas: Coefficients
+    ) -> Pyramid:
+        """What an exact network's output, or that reading of it, is."""
+        match kind:
+            case "data":
+                return data
+            case "noise":
+                return noise
+            case "velocity":
+                return tuple(x - e for x, e in zip(data, noise, strict=True))
+            case "v":
+                return tuple(a * e - s * x for a, s, x, e in zip(alphas, sigmas, data, noise, strict=True))
+        target = []
+        for x, z, alpha, sigma in zip(data, noisy, alphas, sigmas, strict=True):
+            skip, out, _ = self._preconditioning(alpha, sigma)
+            target.append((x - skip * z / alpha) / out)
+        return tuple(target)
 
     def _preconditioning(self, alpha: Coefficient, sigma: Coefficient) -> tuple[Coefficient, Coefficient, Coefficient]:
         """c_skip, c_out and c_in of z / alpha, whose noise is sigma / alpha (EDM, table 1)."""
@@ -330,8 +344,13 @@ def one_a_level(name: str, values: Sequence[float] | None, levels: int) -> Seque
     return [1.0] * levels if values is None else values
 
 
+def is_one(values: Tensor) -> bool:
+    """Whether it is the host's one value for a whole batch: float64, which no device's time is."""
+    return values.numel() == 1 and values.dtype == torch.float64
+
+
 def column(values: Tensor) -> Coefficient:
     """(B,) -> (B, 1, 1, 1); the one value of a host tensor as a number."""
-    if values.numel() == 1 and values.dtype == torch.float64:
+    if is_one(values):
         return float(values)
     return values.view(-1, 1, 1, 1)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
+from pyramid_ldm.config.autoencoder import ImageDataConfig
 from pyramid_ldm.data.batch import BadFile, Batch
 from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
 from pyramid_ldm.data.loading import load_batches
@@ -13,23 +13,10 @@ from pyramid_ldm.training.log import RunLog
 from pyramid_ldm.training.runtime import Runtime
 
 
-class PhotographConfig(Protocol):
-    """What a config says of a folder of photographs."""
-
-    root: str
-    workers: int
-    validation: float
-    crop: str
-    zoom: float
-    flip: bool
-    upscale: bool
-    max_bad_fraction: float
-
-
 class TrainingPhotographs:
     """A folder, scanned. `begin` has to follow with what a resumed run knows of it."""
 
-    def __init__(self, data: PhotographConfig, image_size: Sequence[int], seed: int, runtime: Runtime) -> None:
+    def __init__(self, data: ImageDataConfig, image_size: Sequence[int], seed: int, runtime: Runtime) -> None:
         self.data, self.seed, self.runtime = data, seed, runtime
         self.folder: Folder = runtime.first(lambda: scan(Path(data.root)))
         size = image_size[0], image_size[1]
