@@ -104,7 +104,7 @@ class PyramidPipeline:
         atol: float = 1e-5,
         max_nfe: int | None = None,
         spacing: str = "uniform",
-        eta: float = 1.0,
+        eta: float | None = None,
         batch_size: int = 8,
         bf16: bool = False,
     ) -> PipelineOutput:

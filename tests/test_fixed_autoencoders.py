@@ -169,14 +169,15 @@ def test_photographs_are_encoded_on_the_way(tmp_path, photographs, stage_one):
         assert np.asarray(picture).std() > 1
 
 
-def test_shards_of_wavelets_train_alike(tmp_path, photographs, stage_one):
+def test_shards_of_wavelets_train_alike(tmp_path, photographs, stage_one, capsys):
     """encode CONFIG, then train-flow: the same latents in the same order. Neither scales them here: what each takes
     for the deviation is not of the very same images."""
     assert run("encode", stage_one, "--data", photographs, "--out", tmp_path / "z", "--dtype", "float32",
                "--no-flip", "--workers", 0, "--validation", 0.2) == 0  # fmt: skip
     flow = tmp_path / "flow.yaml"
     cached = [f"data.shards={tmp_path / 'z'}", "scaling=paper"]
-    assert run("train-flow", flow, *cached, f"run_dir={tmp_path / 'cached'}") == 0
+    assert run("train-flow", flow, *cached, f"run_dir={tmp_path / 'cached'}", "data.autoencoder=other") == 0
+    assert "data.autoencoder=other is not used" in capsys.readouterr().err
     direct = ["data.flip=false", "scaling=paper", f"data.root={photographs}", f"data.autoencoder={stage_one}"]
     assert run("train-flow", flow, *direct, f"run_dir={tmp_path / 'direct'}") == 0
     assert losses(tmp_path / "cached")[0] == pytest.approx(losses(tmp_path / "direct")[0], rel=1e-4)
@@ -236,3 +237,12 @@ def test_the_next_command_is_of_the_same_shape(tmp_path, photographs, capsys, na
     ]
     assert run(*words) == 0
     assert f"train-flow diffusion_configs/{name}.yaml data.shards=" in capsys.readouterr().out
+
+
+def test_a_shipped_stage_one_is_found_outside_of_a_clone(tmp_path, photographs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "autoencoder_configs/demo_pixels.yaml"
+    assert run("encode", name, "--data", photographs, "--out", "z", "--workers", 0) == 0
+    (tmp_path / "flow.yaml").write_text(FLOW)
+    words = [f"data.root={photographs}", f"data.autoencoder={name}", "run_dir=run", "train.images=4"]
+    assert run("train-flow", "flow.yaml", *words) == 0

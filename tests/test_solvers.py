@@ -215,7 +215,7 @@ def test_steps_are_those_of_diffusers(solver, prediction):
 
     process = OnSteps(schedule="linear_beta", prediction=prediction)
     object.__setattr__(process, "steps", scheduler.timesteps.tolist())
-    options = SolverOptions(solver, steps=25, eta=0.8)
+    options = SolverOptions(solver, steps=25, eta=0.8 if solver == "ancestral" else None)
     found = solved(
         process, options, (noise,), lambda noisy, context: (wavy(noisy[0]),), draw=lambda k: (fresh[k],)
     ).latents[0]  # fmt: skip
@@ -323,6 +323,8 @@ def test_what_is_not_finite_is_said(solver):
         ({"solver": "leap"}, "choose rk45, dopri5, euler"),
         ({"spacing": "random"}, "choose uniform, cosine, karras"),
         ({"eta": 1.5}, "eta is 1.5"),
+        ({"solver": "ddim", "eta": 0.5}, "ddim draws no fresh noise"),
+        ({"solver": "rk45", "spacing": "karras"}, "rk45 finds its own steps"),
         ({"solver": "euler", "steps": 0}, "at least 1"),
         ({"rtol": math.inf}, "finite"),
     ],

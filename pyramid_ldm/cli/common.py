@@ -114,9 +114,7 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         choices=["uniform", "cosine", "karras"],
         help="of fixed steps: even in time, denser at both ends, or in EDM's measure of noise (default: uniform)",
     )
-    parser.add_argument(
-        "--eta", type=share(one=True), default=1.0, help="ancestral's share of fresh noise; 0 is ddim (default: 1)"
-    )
+    parser.add_argument("--eta", type=share(one=True), help="ancestral's share of fresh noise; 0 is ddim (default: 1)")
     parser.add_argument("--rtol", type=tolerance, default=1e-5, help="RK45's relative tolerance (default: 1e-5)")
     parser.add_argument("--atol", type=tolerance, default=1e-5, help="RK45's absolute tolerance (default: 1e-5)")
     parser.add_argument(

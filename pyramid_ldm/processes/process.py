@@ -268,7 +268,7 @@ class Process(ABC):
         """
         noise = self.correlated(noise)
         alphas, sigmas = self.all_coefficients(t, len(data))
-        noisy = tuple(a * x + s * e for a, s, x, e in zip(alphas, sigmas, data, noise, strict=True))
+        noisy = self.interpolate(data, noise, t)
         output = self._evaluate(network, noisy, alphas, sigmas, self.context(noisy, t, condition or Condition()))
         kind = self.error or self.prediction
         found = output

@@ -36,7 +36,7 @@ class SolverOptions:
             evaluations a step but the last. "dpmpp_2m": DPM-Solver++(2M). "abm2": Adams-Bashforth, corrected by
             Adams-Moulton through the next evaluation.
         steps, spacing: of those of fixed steps; see `Process.grid`.
-        eta: of "ancestral", how much of DDPM's noise is fresh: 1 all, 0 none.
+        eta: of "ancestral", how much of DDPM's noise is fresh: 1 (None) all, 0 none.
         rtol, atol: of those of adaptive steps.
         max_nfe: evaluations after which it gives up. None: 2000, or as many as fixed steps take.
         bf16: whether the network computes in bfloat16. None: as the decoder with fixed steps, no with adaptive ones,
@@ -50,7 +50,7 @@ class SolverOptions:
     max_nfe: int | None = None
     bf16: bool | None = None
     spacing: str = "uniform"
-    eta: float = 1.0
+    eta: float | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -59,8 +59,14 @@ class SolverOptions:
             raise UserError(f"spacing is {self.spacing!r}; choose {', '.join(SPACINGS)}")
         if not (0 < self.rtol < math.inf and 0 < self.atol < math.inf):
             raise UserError(f"rtol is {self.rtol:g}, atol {self.atol:g}; both must be finite and above 0")
-        if not 0 <= self.eta <= 1:
+        if self.eta is not None and not 0 <= self.eta <= 1:
             raise UserError(f"eta is {self.eta:g}; it must be from 0 to 1")
+        if self.eta is not None and self.solver != "ancestral":
+            raise UserError(f"eta is {self.eta:g}, and {self.solver} draws no fresh noise; it is for solver ancestral")
+        if self.spacing != "uniform" and self.solver in ADAPTIVE:
+            raise UserError(
+                f"spacing is {self.spacing}, and {self.solver} finds its own steps; choose one of fixed steps"
+            )
         if min(self.steps, self.most) < 1:
             raise UserError(f"steps is {self.steps}, max_nfe {self.most}; both must be at least 1")
         if self.solver in FIXED and self.most < self.evaluations:
@@ -73,6 +79,11 @@ class SolverOptions:
     def evaluations(self) -> int:
         """Of fixed steps."""
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+
+    @property
+    def fresh(self) -> float:
+        """`eta`, or what stands for None."""
+        return 1.0 if self.eta is None else self.eta
 
     @property
     def most(self) -> int:
@@ -89,7 +100,7 @@ class SolverOptions:
             if self.spacing != "uniform":
                 settings["spacing"] = self.spacing
         if self.solver == "ancestral":
-            settings["eta"] = self.eta
+            settings["eta"] = self.fresh
         words = {True: "bf16", False: "fp32"}
         precision = f"flow {words[self.network_in_bf16(bf16)]}, decoder {words[bf16]}"
         return {"solver": self.solver, **settings, "precision": precision}
@@ -178,7 +189,7 @@ def solve(
             latents = abm2(walk)
         case "ancestral":
             fresh = draw or (lambda k: tuple(map(torch.randn_like, noise)))
-            latents = ancestral(walk, options.eta, lambda k: process.correlated(fresh(k)))
+            latents = ancestral(walk, options.fresh, lambda k: process.correlated(fresh(k)))
         case _:
             latents = first_order(walk)
     require_finite(latents, 1.0)

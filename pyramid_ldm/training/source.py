@@ -97,6 +97,8 @@ class CachedLatents(Source):
                 f"again"
             )
         self.counts = {split: len(self.cache.indices(split)) for split in SPLITS}
+        if config.data.autoencoder is not None:
+            self.notes = [f"data.autoencoder={config.data.autoencoder} is not used: {home} made these latents"]
 
     def batches(self, positions: Iterable[list[int]]) -> Iterator[Batch]:
         """Every record of an epoch once, in a fresh order."""
