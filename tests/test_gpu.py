@@ -295,13 +295,24 @@ def test_loaders_pin_memory_and_batches_travel_without_waiting(device, photograp
     settings = {"workers": 1, "pin": pinned}
     batch = next(load_batches(images, collate_images, [[0, 1, 2, 3]], **settings))
     found = next(load_batches(records, collate_latents, [[0, 1, 2, 3]], **settings))
-    for tensor in (batch.pixels, found.latents, found.noise, found.uniform):
+    for tensor in (batch.pixels, found.latents):
         assert tensor.is_pinned() == pinned
         with no_synchronisation(device):
             tensor.to(device, non_blocking=True)
     with no_synchronisation(device):
         moved = batch.images(device)
     assert torch.equal(moved.cpu(), batch.images(torch.device("cpu")))
+
+
+def test_noise_and_time_are_drawn_on_the_device_by_position(device):
+    shapes = [(3, 1, 1), (2, 8, 8)]
+    together, times = flow_state.draw(RectifiedFlow(), shapes, range(64), 0, device)
+    alone, time = flow_state.draw(RectifiedFlow(), shapes, [63], 0, device)
+    for level, own in zip(together, alone, strict=True):
+        assert level.device.type == device.type
+        assert torch.equal(level[63:], own)
+    assert torch.equal(times[63:], time)
+    assert abs(float(together[1].std()) - 1) < 0.05
 
 
 def train(number: int, folder: Path, data: Path, device, *overrides: str) -> dict[int, float]:
