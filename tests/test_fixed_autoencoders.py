@@ -239,6 +239,11 @@ def test_the_next_command_is_of_the_same_shape(tmp_path, photographs, capsys, na
     assert f"train-flow diffusion_configs/{name}.yaml data.shards=" in capsys.readouterr().out
 
 
+def test_a_stage_one_whose_name_is_wrong(tmp_path, photographs, capsys):
+    assert run("encode", "configs/demo_pixels.yaml", "--data", photographs, "--out", tmp_path / "z") == 2
+    assert "no such config file; did you mean autoencoder_configs/demo_pixels.yaml?" in capsys.readouterr().err
+
+
 def test_a_shipped_stage_one_is_found_outside_of_a_clone(tmp_path, photographs, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "autoencoder_configs/demo_pixels.yaml"

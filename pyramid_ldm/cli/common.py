@@ -39,8 +39,7 @@ def find_config(name: str, kind: str) -> Path:
 def find_stage_one(name: str) -> Path:
     """A run, a model directory or a config of stage one; a shipped config also without being in a clone."""
     path = Path(os.path.expanduser(name))
-    shipped_config = not path.exists() and name in {f"{KINDS[0]}/{config.name}" for config in shipped(KINDS[0])}
-    return find_config(name, KINDS[0]) if shipped_config else path
+    return find_config(name, KINDS[0]) if path.suffix in (".yaml", ".yml") else path
 
 
 class Number:

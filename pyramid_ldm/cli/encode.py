@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "autoencoder",
         metavar="AE_RUN",
-        type=find_stage_one,
+        type=folder,
         help="a run directory of train-ae, or a config of pixels or wavelets",
     )
     parser.add_argument("--out", type=folder, required=True, help="shard directory")
@@ -59,6 +59,7 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.errors import UserError
     from pyramid_ldm.training.runtime import start
 
+    arguments.autoencoder = find_stage_one(str(arguments.autoencoder))
     if arguments.zoom > 1 and not arguments.crops:
         raise UserError("--zoom is of random crops: give --crops, too")
     trained = trained_on(arguments.autoencoder)
