@@ -21,7 +21,8 @@ from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.nn.layers import to_bfloat16
 from pyramid_ldm.ownership import claim
 from pyramid_ldm.processes.build import process_from_dict, process_to_dict
-from pyramid_ldm.processes.process import Prediction, Process
+from pyramid_ldm.processes.prediction import Prediction
+from pyramid_ldm.processes.process import Process
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.processes.solvers import ADAPTIVE, Progress, Solution, SolverOptions, solve
 from pyramid_ldm.processes.steps import Draw

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pyramid_ldm.condition import Condition
 from pyramid_ldm.processes.build import process_from_dict, process_to_dict
 from pyramid_ldm.processes.edm import EDM
-from pyramid_ldm.processes.process import Prediction
+from pyramid_ldm.processes.prediction import Prediction
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.processes.vp import VariancePreserving
 from pyramid_ldm.pyramid import low_pass, pyramid_noise, sinc_shared

@@ -7,7 +7,7 @@ from scipy.integrate import solve_ivp
 
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.processes import rk45 as dormand_prince
-from pyramid_ldm.processes.process import Prediction
+from pyramid_ldm.processes.prediction import Prediction
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.processes.solvers import SolverOptions, solve
 from pyramid_ldm.pyramid import flatten

@@ -13,7 +13,8 @@ from pyramid_ldm.condition import Condition
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.processes.build import process_from_dict, process_to_dict
 from pyramid_ldm.processes.edm import EDM
-from pyramid_ldm.processes.process import SPACINGS, Prediction, Process
+from pyramid_ldm.processes.prediction import Prediction
+from pyramid_ldm.processes.process import SPACINGS, Process
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.processes.solvers import FIXED, SOLVERS, SolverOptions, solve
 from pyramid_ldm.processes.steps import integrals

@@ -60,7 +60,7 @@ from pyramid_ldm.info.cost import Work, no_scaling
 from pyramid_ldm.nn.layers import advance_spectral_norm, cast_to_bfloat16, fold_spectral_norm
 from pyramid_ldm.ownership import claim
 from pyramid_ldm.processes.build import build_process
-from pyramid_ldm.processes.process import Prediction
+from pyramid_ldm.processes.prediction import Prediction
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.processes.solvers import SolverOptions, solve
 from pyramid_ldm.pyramid import Pyramid, flatten, level_shapes, pyramid_noise, unflatten

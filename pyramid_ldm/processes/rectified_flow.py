@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pyramid_ldm.processes.process import Prediction, Process, column
+from pyramid_ldm.processes.prediction import Prediction, column
+from pyramid_ldm.processes.process import Process
 from pyramid_ldm.pyramid import Pyramid
 
 

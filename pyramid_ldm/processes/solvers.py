@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.processes import rk45 as dormand_prince
-from pyramid_ldm.processes.process import SPACINGS, Prediction, Process
+from pyramid_ldm.processes.prediction import Prediction
+from pyramid_ldm.processes.process import SPACINGS, Process
 from pyramid_ldm.processes.steps import Draw, Walk, abm2, ancestral, dpmpp_2m, first_order, heun, on_host, times
 from pyramid_ldm.pyramid import Pyramid, flatten, unflatten
 

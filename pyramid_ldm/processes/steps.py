@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyramid_ldm.processes.process import Prediction, Process
+from pyramid_ldm.processes.prediction import Prediction
+from pyramid_ldm.processes.process import Process
 from pyramid_ldm.pyramid import Pyramid
 
 Evaluate = Callable[[Pyramid, Tensor, Tensor, float], Prediction]  # (noisy, t, the t that is told, also on the host)
