@@ -11,8 +11,6 @@ from torch.utils.data import Dataset
 
 from pyramid_ldm.autoencoders.load import load_autoencoder
 from pyramid_ldm.autoencoders.protocol import Autoencoder
-from pyramid_ldm.config import AutoencoderTraining, load_saved
-from pyramid_ldm.config.autoencoder import ImageDataConfig
 from pyramid_ldm.data.batch import BadFile, Batch
 from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
 from pyramid_ldm.data.images import UnreadableImage
@@ -285,11 +283,3 @@ def say(text: str, runtime: Runtime) -> None:
     """A line on stderr, from the first process."""
     if runtime.main:
         print(text, file=sys.stderr)
-
-
-def trained_on(run: Path) -> ImageDataConfig | None:
-    """`data` of an autoencoder run; None for a model directory that was moved away from its run."""
-    config = run / "config.yaml"
-    if config.is_file() and (run / "checkpoints").is_dir():
-        return load_saved(AutoencoderTraining, config).data
-    return None

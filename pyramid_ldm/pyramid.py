@@ -101,11 +101,13 @@ def _crop_spectrum(spectrum: Tensor, axis: int, size: int) -> Tensor:
     count = spectrum.shape[axis]
     if size == count:
         return spectrum
+    # A pixel's place is the middle of those that it stands for, half of (count / size - 1) after the first of them.
+    frequency = torch.fft.fftfreq(count, device=spectrum.device)
+    turn = torch.exp(1j * math.pi * (count / size - 1) * frequency)
+    spectrum = spectrum * (turn if axis == -1 else turn.unsqueeze(-1))
     half = (size - 1) // 2
     parts = [spectrum.narrow(axis, 0, half + 1), spectrum.narrow(axis, count - half, half)]
-    if (
-        size % 2 == 0
-    ):  # both frequencies that meet at half the new rate: their sum is symmetric, and keeps its deviation
+    if size % 2 == 0:  # both frequencies meet at half the new rate: their sum is symmetric, and keeps its deviation
         edge = spectrum.narrow(axis, half + 1, 1) + spectrum.narrow(axis, count - half - 1, 1)
         parts.insert(1, edge / math.sqrt(2))
     return torch.cat(parts, dim=axis)

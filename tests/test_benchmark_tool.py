@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import benchmark  # noqa: E402
+import peers  # noqa: E402
 
 tools = pytest.mark.tools
 SMALL = ["--scale", "small", "--precision", "fp32", "--repeats", "2", "--limit", "60"]
@@ -25,8 +26,8 @@ def diffusers():
 @tools
 def test_peers_have_the_published_numbers_of_parameters(diffusers):
     with torch.device("meta"):
-        found = {name: benchmark.peer_autoencoder(name) for name in benchmark.AUTOENCODERS}
-        found |= {name: benchmark.peer_generator(name, 32) for name in ("LDM U-Net on f4", "DiT-XL/2 on SD f8")}
+        found = {name: peers.autoencoder(name) for name in peers.AUTOENCODERS}
+        found |= {name: peers.generator(name, 32) for name in ("LDM U-Net on f4", "DiT-XL/2 on SD f8")}
     millions = [round(sum(p.numel() for p in model.parameters()) / 1e6) for model in found.values()]
     assert millions == [84, 323, 677, 274, 750]  # the last: 675 published; diffusers embeds time in every block
 

@@ -72,16 +72,16 @@ def test_rows_of_stage_two_are_trained_once_and_measured_with_more_steps(tmp_pat
              "--samples", "3", "--set", "model.widths=[8, 8]", "train.batch_size=2", "log.every=2"]  # fmt: skip
     monkeypatch.setattr(frechet, "Inception", Colours)
     monkeypatch.setattr(train_flow, "EXAMINED", 4)
-    assert ablate.main([*words, "--steps", "2"]) == 0
+    assert ablate.main([*words, "--evaluations", "2"]) == 0
     table = (tmp_path / "out" / "table.md").read_text()
     lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
     assert lines[2:] == ["default", "time logit-normal"]
     assert re.search(r"3 samples against 12 real images\. Half of these, 6, are -?\d", table)
     monkeypatch.setattr(ablate, "train_flow", None)  # what is done is not trained again
-    assert ablate.main([*words, "--steps", "2", "3"]) == 0
+    assert ablate.main([*words, "--evaluations", "2", "3"]) == 0
     more = (tmp_path / "out" / "table.md").read_text()
-    assert "KID x 1000, Euler 2 | KID x 1000, Euler 3 | FID, Euler 3" in more
-    assert more.splitlines()[2].split("|")[2] == table.splitlines()[2].split("|")[2]
+    assert "KID x 1000, 2 evaluations | KID x 1000, 3 evaluations | FID, 3" in more
+    assert more.splitlines()[2].split("|")[3] == table.splitlines()[2].split("|")[3]
 
 
 class Difference:

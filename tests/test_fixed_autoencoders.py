@@ -1,18 +1,21 @@
 """Stages one without parameters: pixels and wavelets, alone and through the commands."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_training import AE_CONFIG
 
 from pyramid_ldm.autoencoders.load import load_autoencoder
 from pyramid_ldm.autoencoders.pixels import Pixels
 from pyramid_ldm.autoencoders.wavelet import Wavelet
 from pyramid_ldm.cli import main
 from pyramid_ldm.config.fixed import PixelsConfig, WaveletConfig
+from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.nn.wavelet import analyse, synthesise
 from pyramid_ldm.pyramid import Level
@@ -126,7 +129,7 @@ precision: fp32
 process: vp
 scaling: channel
 model: {widths: [8, 16], blocks: 1, dropout: 0.0}
-data: {workers: 0, validation: 0.2}
+data: {workers: 0}
 train: {images: 16, batch_size: 4, learning_rate: 1.0e-3}
 ema: {widths: [0.1], export: 0.1}
 log: {every: 8, pictures_every: 16, pictures: 2}
@@ -155,6 +158,7 @@ def test_photographs_are_encoded_on_the_way(tmp_path, photographs, stage_one):
     """The four commands without shards; killed and resumed, it ends where an undisturbed run does."""
     flow, data = tmp_path / "flow.yaml", f"data.root={photographs}"
     words = ["train-flow", flow, data, f"data.autoencoder={stage_one}", "data.crop=random", "data.zoom=1.5"]
+    words.append("data.validation=0.2")
     assert run(*words, f"run_dir={tmp_path / 'whole'}") == 0
     found, names = losses(tmp_path / "whole")
     assert len(found) == 2
@@ -178,7 +182,13 @@ def test_shards_of_wavelets_train_alike(tmp_path, photographs, stage_one, capsys
     cached = [f"data.shards={tmp_path / 'z'}", "scaling=paper"]
     assert run("train-flow", flow, *cached, f"run_dir={tmp_path / 'cached'}", "data.autoencoder=other") == 0
     assert "data.autoencoder=other is not used" in capsys.readouterr().err
-    direct = ["data.flip=false", "scaling=paper", f"data.root={photographs}", f"data.autoencoder={stage_one}"]
+    direct = [
+        "data.flip=false",
+        "data.validation=0.2",
+        "scaling=paper",
+        f"data.root={photographs}",
+        f"data.autoencoder={stage_one}",
+    ]
     assert run("train-flow", flow, *direct, f"run_dir={tmp_path / 'direct'}") == 0
     assert losses(tmp_path / "cached")[0] == pytest.approx(losses(tmp_path / "direct")[0], rel=1e-4)
     assert run("info", tmp_path / "z") == 0
@@ -191,6 +201,8 @@ def test_shards_of_wavelets_train_alike(tmp_path, photographs, stage_one, capsys
         (["data.root={photographs}"], "data.autoencoder is not set"),
         (["data.autoencoder={stage_one}"], "data.root is not set"),
         (["data.root={photographs}", "data.shards={photographs}"], "both given"),
+        (["data.shards={photographs}", "data.crop=random"], "data.crop is of photographs"),
+        (["data.shards={photographs}", "data.validation=0.5"], "data.validation is of photographs"),
         ([], "data.shards is not set"),
         (["data.root={photographs}", "data.autoencoder={photographs}"], "holds no model"),
         (["data.root={photographs}", "data.autoencoder={stage_one}", "vp.noise=sinc", "vp.level_shifts=[1, 2]"],
@@ -201,6 +213,45 @@ def test_what_is_not_a_source_of_latents(tmp_path, photographs, stage_one, capsy
     given = [word.format(photographs=photographs, stage_one=stage_one) for word in words]
     assert run("train-flow", tmp_path / "flow.yaml", f"run_dir={tmp_path / 'run'}", *given) == 2
     assert fault in capsys.readouterr().err
+
+
+def test_a_learned_stage_one_encodes_on_the_way(tmp_path, photographs, capsys):
+    """Samples of its posterior; killed and resumed the same; what it held out is held out again."""
+    (tmp_path / "ae.yaml").write_text(AE_CONFIG)
+    (tmp_path / "flow.yaml").write_text(FLOW)
+    ae = tmp_path / "ae"
+    training = ["train.images=4", "data.validation=0.4", "loss.gan.weight=0"]
+    assert run("train-ae", tmp_path / "ae.yaml", f"data.root={photographs}", f"run_dir={ae}", *training) == 0
+    words = ["train-flow", tmp_path / "flow.yaml", f"data.root={photographs}", f"data.autoencoder={ae}", "vp.shift=0.5",
+             "edm.sigma_max=50"]  # fmt: skip
+    capsys.readouterr()
+    assert run(*words, f"run_dir={tmp_path / 'whole'}") == 0
+    said = capsys.readouterr().err
+    held_out = split_held_out(find_images(photographs), 0.4)[1]
+    assert f"{12 - len(held_out)} photographs to train on, {len(held_out)} held out" in said
+    assert "edm.sigma_max: not used, for process is vp" in said
+    assert "vp.shift" not in said
+    assert run(*words, f"run_dir={tmp_path / 'parts'}", "train.images=8", "train.decay=constant") == 0
+    assert run(*words, f"run_dir={tmp_path / 'parts'}", "train.decay=constant") == 0
+    assert losses(tmp_path / "parts")[0] == losses(tmp_path / "whole")[0]
+    capsys.readouterr()
+    assert run(*words, f"run_dir={tmp_path / 'mode'}", "data.posterior=mode", "data.validation=0.1") == 0
+    assert "the two stages hold out different photographs" in capsys.readouterr().err
+    assert run(*words, f"run_dir={tmp_path / 'mode too'}", "data.posterior=mode", "data.validation=0.4") == 0
+    assert losses(tmp_path / "mode too")[0] != losses(tmp_path / "whole")[0]
+
+
+def test_photographs_that_cannot_be_read_are_named_in_either_split(tmp_path, photographs, stage_one, capsys):
+    photos = shutil.copytree(photographs, tmp_path / "photos")
+    train, held_out = split_held_out(find_images(photos), 0.3)
+    broken = [train[0].path, train[1].path, held_out[0].path, held_out[1].path]
+    for path in broken:
+        Path(path).write_bytes(Path(path).read_bytes()[: Path(path).stat().st_size // 2])
+    words = ["train-flow", tmp_path / "flow.yaml", f"data.root={photos}", f"data.autoencoder={stage_one}"]
+    words += ["data.validation=0.3", f"run_dir={tmp_path / 'run'}"]
+    assert run(*words, "data.max_bad_fraction=0.5") == 0
+    said = capsys.readouterr().err
+    assert [said.count(f"skipped {path}") for path in broken] == [1, 1, 1, 1]
 
 
 def test_there_is_nothing_to_train(stage_one, photographs, capsys):

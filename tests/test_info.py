@@ -143,6 +143,16 @@ def test_the_cost_of_configs(capsys, monkeypatch, tmp_path, ae_run, finished):
         assert find_autoencoder(config, source).levels == levels
 
 
+def test_the_cost_of_a_flow_on_photographs(capsys, monkeypatch, tmp_path):
+    flow = tmp_path / "flow.yaml"
+    flow.write_text("process: edm\nmodel: {widths: [16, 16]}\n")  # nothing but the process says which stage it is of
+    use = Use(2 * 10**12, 3 * 2**30)
+    monkeypatch.setattr(budget, "estimate_flow", lambda *_, bf16: NetworkCost(5_000_000, 2**30, use, use, use))
+    named = "data.autoencoder=autoencoder_configs/demo_wavelet.yaml"
+    for words in ([named, "data.root=photos"], ["data.root=photos", "--autoencoder", named.partition("=")[2]]):
+        assert info(capsys, "--cost", flow, *words)["latents"] == "32x32x12, 1:1.0"
+
+
 def test_wrong_costs(capsys, tmp_path, ae_run):
     flow, network = tmp_path / "flow.yaml", ae_run / "model/config.yaml"
     flow.write_text(FLOW_CONFIG)

@@ -83,7 +83,7 @@ def test_the_solvers_result_is_unscaled(directory):
 @pytest.mark.parametrize("solver", ["euler", "rk45"])
 def test_image_k_of_a_seed_does_not_depend_on_the_batch(directory, solver):
     pipeline = PyramidPipeline.from_pretrained(directory)
-    options = {"seed": 3, "solver": solver, "steps": 10, "rtol": 1e-3, "atol": 1e-3}
+    options = {"seed": 3, "solver": solver, **({"steps": 10} if solver == "euler" else {"rtol": 1e-3, "atol": 1e-3})}
     together = pipeline(4, batch_size=4, **options)
     apart = pipeline(4, batch_size=1, **options)
     third = pipeline(1, first_index=2, **options)

@@ -4,6 +4,7 @@
     tools/ablate.py autoencoder --data photos/ --vgg vgg16.safetensors --out ablate-ae/
     tools/ablate.py autoencoder ... --rows default "group norm" --seeds 0 1
     tools/ablate.py network --shards latents/ --reference held-out/ --inception inception-2015-12-05.pt --out net/
+    tools/ablate.py network ... --rows default "predict data" --solvers euler abm2 --evaluations 10 20 50
 
 Every row is a recipe (tools/ablation_recipe.yaml, tools/flow.yaml) with a few config keys of its own
 (tools/ablations.yaml). A row that is done is not trained again; one that was interrupted goes on. Writes table.md into
@@ -51,6 +52,7 @@ TOOLS = Path(__file__).resolve().parent
 ROWS: dict[str, dict[str, list[str]]] = yaml.safe_load((TOOLS / "ablations.yaml").read_text(encoding="utf-8"))
 CROPS = 256  # random ones that latents are described by
 COLUMNS = (("psnr", "PSNR, dB", 2), ("ssim", "SSIM", 3), ("lpips", "LPIPS", 3))
+SOLVERS = ("euler", "ancestral", "heun", "dpmpp_2m", "abm2")
 Result = dict[str, Any]
 
 
@@ -84,6 +86,8 @@ def autoencoder_row(config: AutoencoderTraining, build: Build = PyramidAutoencod
         images = random_crops(Path(config.data.root), config.image_size, CROPS, config.data.zoom)
         write_json(kept, costs(model) | latent_statistics(model, images))
     curve = [line for line in read_lines(run / "metrics.jsonl") if "held_out_psnr" in line]
+    if not curve:
+        raise UserError(f"{run}: no held-out figures were measured; its log says why. Delete it to train it again")
     return json.loads(kept.read_text(encoding="utf-8")) | {"curve": curve}
 
 
@@ -219,12 +223,13 @@ def report(path: Path, table: str) -> None:
 
 
 def network_row(
-    config: FlowTraining, reference: Reference, inception: frechet.Inception, samples: int, steps: Sequence[int]
+    config: FlowTraining, reference: Reference, inception: frechet.Inception, args: argparse.Namespace
 ) -> Result:
-    """Trains a network of stage two, or goes on, or reads what is done; numbers of Euler steps that were not measured
-    yet are. Losses of every level at the end, distances of samples from the reference, evaluations of RK45."""
+    """Trains a network of stage two, or goes on, or reads what is done; what was not measured yet of the solvers and
+    their evaluations is. Losses of every level at the end, distances of samples from the reference, evaluations of
+    RK45."""
     run = Path(config.run_dir)
-    remember(run, {"config": to_yaml(config), "samples": samples, "real": len(reference.features)})
+    remember(run, {"config": to_yaml(config), "samples": args.samples, "real": len(reference.features)})
     kept = run / "result.json"
     found: Result = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     if not found:
@@ -233,31 +238,36 @@ def network_row(
             raise KeyboardInterrupt
         last = {key: value for line in read_lines(run / "metrics.jsonl") for key, value in line.items()}
         found["losses"] = {key: value for key, value in last.items() if key.startswith(("train_", "held_out_"))}
-    missing = [number for number in steps if f"euler_{number}" not in found]
+    missing = [(s, n) for s in args.solvers for n in args.evaluations if f"{s}_{n}" not in found]
     if missing or "rk45_nfe" not in found:
         pipeline = PyramidPipeline.from_pretrained(run).to(inception.device)
-        for number in missing:
-            features, _ = sample_features(pipeline, inception, samples, 1, SolverOptions("euler", steps=number))
-            found[f"euler_{number}"] = reference.distances(features)
+        for solver, number in missing:
+            steps = (number + 1) // 2 if solver == "heun" else number  # all but the last of its steps take two
+            features, _ = sample_features(pipeline, inception, args.samples, 1, SolverOptions(solver, steps=steps))
+            found[f"{solver}_{number}"] = reference.distances(features)
+            write_json(kept, found)
         if "rk45_nfe" not in found:
             found["rk45_nfe"] = pipeline(num_images=16, seed=1, solver="rk45", rtol=1e-3, atol=1e-3).nfe
         write_json(kept, found)
     return found
 
 
-def network_table(groups: dict[str, list[Result]], steps: Sequence[int]) -> str:
-    """A line a group of seeds."""
+def network_table(groups: dict[str, list[Result]], solvers: Sequence[str], evaluations: Sequence[int]) -> str:
+    """A line a group of seeds and solver."""
     levels = [key for key in next(iter(groups.values()))[0]["losses"] if key.startswith("held_out_")]
-    head = ["", *(f"KID x 1000, Euler {number}" for number in steps), f"FID, Euler {steps[-1]}"]
+    head = ["", "solver", *(f"KID x 1000, {n} evaluations" for n in evaluations), f"FID, {evaluations[-1]}"]
     head += [f"{key.removeprefix('held_out_')}: held-out loss (gap)" for key in levels]
     lines = []
     for name, results in groups.items():
-        cells = [name, *(spread((1000 * r[f"euler_{number}"]["kid"] for r in results), 1) for number in steps)]
-        cells.append(spread((r[f"euler_{steps[-1]}"]["fid"] for r in results), 1))
+        losses = []
         for key in levels:
             gap = mean(r["losses"][key] - r["losses"][key.replace("held_out", "train")] for r in results)
-            cells.append(f"{spread((r['losses'][key] for r in results), 3)} ({gap:+.3f})")
-        lines.append([*cells, f"{mean(r['rk45_nfe'] for r in results):.0f}", str(len(results))])
+            losses.append(f"{spread((r['losses'][key] for r in results), 3)} ({gap:+.3f})")
+        about = [*losses, f"{mean(r['rk45_nfe'] for r in results):.0f}", str(len(results))]
+        for solver in solvers:
+            distances = [[r[f"{solver}_{n}"] for r in results] for n in evaluations]
+            kids = [spread((1000 * d["kid"] for d in each), 1) for each in distances]
+            lines.append([name, solver, *kids, spread((d["fid"] for d in distances[-1]), 1), *about])
     return markdown([*head, "NFE of RK45 at 1e-3", "seeds"], lines)
 
 
@@ -273,7 +283,7 @@ def ablate_network(args: argparse.Namespace) -> None:
             keys = [*ROWS["network"][name], f"data.shards={args.shards}", *args.set]
             keys += [f"run_dir={run_directory(args.out, name, seed)}", f"seed={seed}"]
             config = load_config(FlowTraining, TOOLS / "flow.yaml", keys)
-            found = network_row(config, reference, inception, args.samples, args.steps)
+            found = network_row(config, reference, inception, args)
             groups.setdefault(name, []).append(found)
             if not floor:  # once: every run has the cache's autoencoder
                 pipeline = PyramidPipeline.from_pretrained(Path(config.run_dir)).to(inception.device)
@@ -285,7 +295,7 @@ def ablate_network(args: argparse.Namespace) -> None:
                     "after the autoencoder. FID grows as images become fewer, so that the table's cannot be compared "
                     "with these two; KID does not.\n"
                 )
-            report(args.out / "table.md", network_table(groups, args.steps) + floor)
+            report(args.out / "table.md", network_table(groups, args.solvers, args.evaluations) + floor)
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -307,7 +317,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--reference", type=Path, required=True, help="real images that it does not hold")
         command.add_argument("--inception", type=Path, required=True, help="inception-2015-12-05.pt")
         command.add_argument("--samples", type=int, default=256, help="of each row")
-        command.add_argument("--steps", nargs="+", type=int, default=[10, 20, 50, 200], help="of Euler")
+        command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
+        command.add_argument("--evaluations", nargs="+", type=int, default=[10, 20, 50, 200], help="of each solver")
     args = parser.parse_args(words)
     args.set += [] if args.images is None else [f"train.images={args.images}"]
     return args

@@ -36,6 +36,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import peers
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -72,13 +73,6 @@ from pyramid_ldm.training.step import take_step
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
-AUTOENCODERS = {"SD VAE f8": (8, 4), "DC-AE f32c32": (32, 32), "DC-AE f64c128": (64, 128)}  # factor, channels
-GENERATORS = {  # factor and channels of the latents, patch (0: the U-Net)
-    "LDM U-Net on f4": (4, 3, 0),
-    "DiT-XL/2 on SD f8": (8, 4, 2),
-    "DiT-XL/1 on DC-AE f32c32": (32, 32, 1),
-    "DiT-XL/1 on DC-AE f64c128": (64, 128, 1),
-}
 BYTES = {"state_bytes": "state", "peak_bytes": "peak beside it"}  # headings
 RK45_EVALUATIONS = 70  # assumed: how many it takes on random weights says nothing
 MOST_TURNS, LONG_ENOUGH = 200, 1.0  # short calls take more turns than --repeats, until they add up to so many seconds
@@ -268,56 +262,6 @@ def inference(
     return Case(run, images, [*model.parameters(), *model.buffers(), *given], about={"parameters": parameters})
 
 
-# The peers, after the published configs: stabilityai/sd-vae-ft-mse, mit-han-lab/dc-ae-f32c32-in-1.0 and
-# dc-ae-f64c128-in-1.0, CompVis/ldm-celebahq-256, facebook/DiT-XL-2-256.
-
-
-def peer_autoencoder(name: str, small: bool = False) -> Any:
-    """One of `AUTOENCODERS`; `small`: of a sixteenth of the widths."""
-    from diffusers import AutoencoderDC, AutoencoderKL
-
-    factor, channels = AUTOENCODERS[name]
-    shrink = 16 if small else 1
-    if name.startswith("SD"):
-        return AutoencoderKL(
-            block_out_channels=[width // shrink for width in (128, 256, 512, 512)], layers_per_block=2,
-            latent_channels=channels, norm_num_groups=4 if small else 32, sample_size=512,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-    deep = factor.bit_length() - 3  # resolutions with EfficientViT blocks, below three of residual blocks
-    widths = [width // shrink for width in (128, 256, 512, 512, 1024, 1024, 2048)[: 3 + deep]]
-    layers = {"encoder": [0, 4, 8] + [2] * deep, "decoder": [0, 5, 10] + [2] * deep}
-    halves: dict[str, Any] = {f"{half}_layers_per_block": each for half, each in layers.items()}
-    for half in layers:
-        halves |= {f"{half}_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep}
-        halves |= {f"{half}_block_out_channels": widths, f"{half}_qkv_multiscales": [()] * (3 + deep)}
-    return AutoencoderDC(
-        latent_channels=channels, attention_head_dim=32, decoder_act_fns=["relu"] * 3 + ["silu"] * deep,
-        decoder_norm_types=["batch_norm"] * 3 + ["rms_norm"] * deep, downsample_block_type="pixel_unshuffle",
-        upsample_block_type="pixel_shuffle", **halves,
-    )  # fmt: skip
-
-
-def peer_generator(name: str, side: int, small: bool = False) -> Any:
-    """One of `GENERATORS` for latents of side x side; DiT-XL with learned variance, as published."""
-    from diffusers import DiTTransformer2DModel, UNet2DModel
-
-    _, channels, patch = GENERATORS[name]
-    if patch:
-        heads, dimension, layers = (2, 8, 2) if small else (16, 72, 28)
-        return DiTTransformer2DModel(
-            num_attention_heads=heads, attention_head_dim=dimension, num_layers=layers, in_channels=channels,
-            out_channels=2 * channels, patch_size=patch, sample_size=side,
-        )  # fmt: skip
-    widths, groups, dimension = ((8, 16, 24, 32), 4, 8) if small else ((224, 448, 672, 896), 32, 32)
-    return UNet2DModel(
-        sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=2, block_out_channels=widths,
-        norm_num_groups=groups, attention_head_dim=dimension,
-        down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * 3,
-        up_block_types=("AttnUpBlock2D",) * 3 + ("UpBlock2D",),
-    )  # fmt: skip
-
-
 # The measurements.
 
 
@@ -330,13 +274,15 @@ def decode(args: argparse.Namespace) -> list[Row]:
         return inference(args, make, lambda: random_latents(name), lambda model, *z: getattr(model, way)(z))
 
     def peer(other: str) -> Case:
-        factor, channels = AUTOENCODERS[other]
-        make = partial(peer_autoencoder, other, args.small)
+        factor, channels = peers.AUTOENCODERS[other]
+        make = partial(peers.autoencoder, other, args.small)
         inputs = lambda: [torch.randn(1, channels, height // factor, width // factor)]  # noqa: E731
         return inference(args, make, inputs, lambda model, z: model.decode(z, return_dict=False))
 
     builders = {f"ours: {name}, {way}": partial(ours, way) for way in ("decode", "decode_tiled")}
-    return side_by_side(args, f"{height}x{width}", builders | {other: partial(peer, other) for other in AUTOENCODERS})
+    return side_by_side(
+        args, f"{height}x{width}", builders | {other: partial(peer, other) for other in peers.AUTOENCODERS}
+    )
 
 
 def encode(args: argparse.Namespace) -> list[Row]:
@@ -348,7 +294,7 @@ def encode(args: argparse.Namespace) -> list[Row]:
         return found.latent if hasattr(found, "latent") else getattr(found, "latent_dist", found).mode()
 
     makes = {f"ours: {name}": partial(built, PyramidAutoencoder, stage_one(name).model, args)}
-    makes |= {other: partial(peer_autoencoder, other, args.small) for other in AUTOENCODERS}
+    makes |= {other: partial(peers.autoencoder, other, args.small) for other in peers.AUTOENCODERS}
 
     def case(make: Callable[[], nn.Module]) -> Case:
         return inference(args, make, lambda: [torch.rand(1, 3, height, width) * 2 - 1], mean)
@@ -367,7 +313,7 @@ def evaluation(args: argparse.Namespace) -> list[Row]:
         return inference(args, make, inputs, lambda model, t, *z: model(z, Context(t, t)), batch)
 
     def peer(other: str, batch: int) -> Case:
-        factor, channels, patch = GENERATORS[other]
+        factor, channels, patch = peers.GENERATORS[other]
 
         def call(model: Any, latents: Tensor, step: Tensor, label: Tensor) -> object:
             return model(latents, step, *([label] if patch else []), return_dict=False)
@@ -376,10 +322,10 @@ def evaluation(args: argparse.Namespace) -> list[Row]:
             latents = torch.randn(batch, channels, height // factor, width // factor)
             return [latents, torch.full((batch,), 500), torch.full((batch,), 1)]
 
-        return inference(args, partial(peer_generator, other, height // factor, args.small), inputs, call, batch)
+        return inference(args, partial(peers.generator, other, height // factor, args.small), inputs, call, batch)
 
     rows: list[Row] = []
-    for batch, others in ((1, list(GENERATORS)), (8, list(GENERATORS)[-1:])):  # the cheapest is the last
+    for batch, others in ((1, list(peers.GENERATORS)), (8, list(peers.GENERATORS)[-1:])):  # the cheapest is the last
         builders = {f"ours: {name}": partial(ours, batch)} | {other: partial(peer, other, batch) for other in others}
         rows += side_by_side(args, f"{height}x{width}, batch {batch}", builders)
     return rows

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import ablate
+import peers
 import torch
 from ablate import COLUMNS, TOOLS, Result
 from torch import Tensor, nn
@@ -60,9 +61,6 @@ PYRAMIDS = {
 SINGLE = {192: {32: 16}, 96: {16: 8}, 48: {16: 16}}
 # Tried for each, not searched; see docs/EXPERIMENTS.md.
 LEARNING_RATES = {"ours": 5e-4, "ours-single": 5e-4, "sd-vae": 2e-4, "dc-ae": 2e-4}
-SD_WIDTHS = (128, 256, 512, 512)  # Stable Diffusion's at factor 1, 2, 4, 8; further factors repeat the last
-DC_WIDTHS = (128, 256, 512, 512, 1024, 1024, 2048)  # DC-AE f64c128's
-DC_LAYERS = ((0, 4, 8, 2, 2, 2, 2), (0, 5, 10, 2, 2, 2, 2))  # encoder, decoder
 TEST_CROPS = 4  # of each photograph
 
 
@@ -123,15 +121,7 @@ class PeerAutoencoder(PyramidAutoencoder):
 
 def sd_vae(depth: int, channels: int, width: float) -> tuple[ForeignEncoder, ForeignDecoder]:
     """Stable Diffusion's autoencoder with `depth` resolutions."""
-    from diffusers import AutoencoderKL
-
-    whole: Any = AutoencoderKL(
-        block_out_channels=[int(SD_WIDTHS[min(i, 3)] * width) for i in range(depth)],
-        layers_per_block=2,
-        latent_channels=channels,
-        down_block_types=("DownEncoderBlock2D",) * depth,
-        up_block_types=("UpDecoderBlock2D",) * depth,
-    )
+    whole = peers.sd_vae(depth, channels, width)
     decoder = ForeignDecoder(nn.Sequential(whole.post_quant_conv, whole.decoder), whole.decoder.conv_out)
     return ForeignEncoder(nn.Sequential(whole.encoder, whole.quant_conv)), decoder
 
@@ -142,24 +132,8 @@ def dc_ae(depth: int, channels: int, width: float) -> tuple[ForeignEncoder, Fore
     The published decoder has batch norms at its three finest resolutions; with four images a batch these do worse
     than its own RMS norms, which therefore stand everywhere.
     """
-    from diffusers.models.autoencoders.autoencoder_dc import Decoder, Encoder
-
-    common: dict[str, Any] = {
-        "in_channels": 3,
-        "attention_head_dim": 32,
-        "block_out_channels": tuple(int(w * width) for w in DC_WIDTHS[:depth]),
-        "block_type": tuple("ResBlock" if i < 3 else "EfficientViTBlock" for i in range(depth)),
-        "qkv_multiscales": ((),) * depth,
-    }
-    layers = [each[:depth] for each in DC_LAYERS]
-    encoder = Encoder(
-        latent_channels=2 * channels, layers_per_block=layers[0], downsample_block_type="pixel_unshuffle", **common
-    )
-    activations: Any = tuple("relu" if i < 3 else "silu" for i in range(depth))
-    decoder = Decoder(
-        latent_channels=channels, layers_per_block=layers[1], upsample_block_type="pixel_shuffle",
-        norm_type="rms_norm", act_fn=activations, **common,
-    )  # fmt: skip
+    encoder = peers.dc_ae(depth, 2 * channels, width).encoder
+    decoder = peers.dc_ae(depth, channels, width, norms=("rms_norm",) * depth).decoder
     last: Any = decoder.conv_out  # published: no blocks at factor 1, so the last step is an up-sampling
     return ForeignEncoder(encoder), ForeignDecoder(decoder, last.conv)
 

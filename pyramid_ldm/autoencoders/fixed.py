@@ -55,7 +55,7 @@ class FixedAutoencoder(nn.Module):
         return self.inverse(latents)
 
     def compression_ratio(self) -> float:
-        """1, but for pixels that are no finer than the image."""
+        """1 for wavelets and for pixels as fine as the image; less where coarser ones come on top."""
         return compression_ratio(self.levels, self.config.image_size)
 
     def fingerprint(self) -> str:

@@ -7,8 +7,8 @@ from pyramid_ldm.autoencoders.pixels import Pixels
 from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoders.wavelet import Wavelet
-from pyramid_ldm.config.autoencoder import AutoencoderConfig
-from pyramid_ldm.config.base import load_config
+from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining, ImageDataConfig
+from pyramid_ldm.config.base import load_config, load_saved
 from pyramid_ldm.config.fixed import FIXED, FixedConfig, PixelsConfig, WaveletConfig, kind_of
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.serialization import Stored, assemble, read_model, read_stored
@@ -34,6 +34,14 @@ def read_autoencoder(directory: Path) -> Stored:
     config = directory / "config.yaml"
     kind = kind_of(config) if config.is_file() else None
     return read_stored(directory, FIXED.get(kind or "", AutoencoderConfig))
+
+
+def trained_on(run: Path) -> ImageDataConfig | None:
+    """`data` of an autoencoder run; None for a model directory that was moved away from its run."""
+    config = run / "config.yaml"
+    if config.is_file() and (run / "checkpoints").is_dir():
+        return load_saved(AutoencoderTraining, config).data
+    return None
 
 
 def build_autoencoder(stored: Stored) -> Autoencoder:

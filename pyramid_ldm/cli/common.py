@@ -106,7 +106,7 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         choices=["rk45", "dopri5", "euler", "ddim", "ancestral", "heun", "dpmpp_2m", "abm2"],
         help="adaptive steps: rk45, dopri5; fixed steps: the others (default: rk45)",
     )
-    parser.add_argument("--steps", type=whole(1, 10**6), default=200, help="of fixed steps, how many (default: 200)")
+    parser.add_argument("--steps", type=whole(1, 10**6), help="of fixed steps, how many (default: 200)")
     parser.add_argument(
         "--spacing",
         default="uniform",
@@ -114,8 +114,8 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         help="of fixed steps: even in time, denser at both ends, or in EDM's measure of noise (default: uniform)",
     )
     parser.add_argument("--eta", type=share(one=True), help="ancestral's share of fresh noise; 0 is ddim (default: 1)")
-    parser.add_argument("--rtol", type=tolerance, default=1e-5, help="RK45's relative tolerance (default: 1e-5)")
-    parser.add_argument("--atol", type=tolerance, default=1e-5, help="RK45's absolute tolerance (default: 1e-5)")
+    parser.add_argument("--rtol", type=tolerance, help="of adaptive steps, relative tolerance (default: 1e-5)")
+    parser.add_argument("--atol", type=tolerance, help="of adaptive steps, absolute tolerance (default: 1e-5)")
     parser.add_argument(
         "--max-nfe",
         type=whole(1, 10**9),

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
-    from pyramid_ldm.encode import EncodeOptions, encode, say, trained_on
+    from pyramid_ldm.autoencoders.load import trained_on
+    from pyramid_ldm.encode import EncodeOptions, encode, say
     from pyramid_ldm.errors import UserError
     from pyramid_ldm.training.runtime import start
 

@@ -2,7 +2,16 @@
 
 import argparse
 
-from pyramid_ldm.cli.common import MOST, add_device, add_photographs, add_solver, folder, solver_options, whole
+from pyramid_ldm.cli.common import (
+    MOST,
+    add_device,
+    add_photographs,
+    add_solver,
+    find_stage_one,
+    folder,
+    solver_options,
+    whole,
+)
 
 NAME = "evaluate"
 HELP = (
@@ -51,6 +60,7 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.training.runtime import start
 
     options = solver_options(arguments)
+    arguments.run_or_pictures = find_stage_one(str(arguments.run_or_pictures))
     runtime = start(arguments.device, arguments.precision)
     if runtime.ranks > 1:
         raise UserError("evaluate runs in one process; `sample` draws in several, then evaluate its folder")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from pyramid_ldm.cli.common import MOST, add_device, add_photographs, choice_of, folder, whole
+from pyramid_ldm.cli.common import MOST, add_device, add_photographs, choice_of, find_stage_one, folder, whole
 
 NAME = "reconstruct"
 HELP = "originals beside reconstructions, with PSNR, SSIM and LPIPS of each image"
@@ -11,7 +11,12 @@ EXAMPLE = "pyramid-ldm reconstruct runs/scapes2k-ae --data photos/ --out reconst
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """AE_RUN, --data, --out and what to report."""
-    parser.add_argument("autoencoder", metavar="AE_RUN", type=folder, help="a run directory of train-ae")
+    parser.add_argument(
+        "autoencoder",
+        metavar="AE_RUN",
+        type=folder,
+        help="a run directory of train-ae, or a config of pixels or wavelets",
+    )
     add_photographs(parser, held_out=True)
     parser.add_argument(
         "--out", type=folder, required=True, help="folder for the pairs, grid.png and reconstructions.jsonl"
@@ -28,6 +33,7 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.evaluation.reconstruction import reconstruct_to_folder
     from pyramid_ldm.training.runtime import start
 
+    arguments.autoencoder = find_stage_one(str(arguments.autoencoder))
     runtime = start(arguments.device, arguments.precision)
     reconstruct_to_folder(
         arguments.autoencoder,

@@ -1,5 +1,9 @@
 """Stage two's config: the network (saved beside its weights) and its training."""
 
+import math
+from dataclasses import asdict, fields
+from typing import Any
+
 from omegaconf import MISSING
 
 from pyramid_ldm.config.autoencoder import ImageDataConfig
@@ -17,7 +21,9 @@ from pyramid_ldm.config.schema import Section, key, require
 from pyramid_ldm.pyramid import Level
 
 READINGS = ("velocity", "noise", "data", "v")
+MOST_INTERPOLATED = 20.0  # the cosine schedule's log-SNR changes by at least 6.28 over all times, 2 log 23
 PREDICTIONS = (*READINGS, "preconditioned")
+PROCESSES = ("rectified_flow", "vp", "edm")
 
 
 class NCSNppConfig(Section):
@@ -76,6 +82,9 @@ class NCSNppConfig(Section):
             ]
 
 
+CUTS = ("validation", "upscale", "crop", "zoom", "flip")
+
+
 class FlowDataConfig(Section):
     """A shard directory made by `encode`, which holds its autoencoder; or photographs and the autoencoder that they go
     through on the way."""
@@ -88,18 +97,25 @@ class FlowDataConfig(Section):
     autoencoder: str | None = key(None, path=True, may_change=True)
     workers: int = key(2, at_least=0, at_most=1024, may_change=True)
     posterior: str = key("sample", choices=("sample", "mode"))  # what a mean and log-variance become
-    # Of photographs; as in `train-ae`, where they are explained.
-    validation: float = key(0.05, at_least=0, below=1)
+    # Of photographs; as in `train-ae`, where they are explained. null: as the autoencoder's run has them, so that both
+    # stages hold out the same; 0.05 and false where it has none.
+    validation: float | None = key(None, at_least=0, below=1)
+    upscale: bool | None = key(None)
     crop: str = key("center", choices=("center", "random"))
     zoom: float = key(1.0, at_least=1, at_most=1024)
     flip: bool = key(True)
-    upscale: bool = key(False)
     max_bad_fraction: float = key(0.01, at_least=0, at_most=1, may_change=True)
 
     def check(self) -> None:
         """UserError unless it names one source of latents."""
         if self.shards is not None:
             require(self.root is None, "data.shards and data.root are both given; leave one of them out")
+            for field in fields(self):  # type: ignore[arg-type]
+                name = field.name
+                require(
+                    name not in CUTS or getattr(self, name) == field.default,
+                    f"data.{name} is of photographs that data.root names; data.shards holds what `encode` cut of them",
+                )
             return
         require(
             self.root is not None or self.autoencoder is not None,
@@ -111,11 +127,14 @@ class FlowDataConfig(Section):
         )
         require(self.zoom == 1 or self.crop == "random", "data.zoom needs data.crop=random")
 
-    def photographs(self) -> ImageDataConfig:
-        """What it says of photographs."""
+    def photographs(self, trained: ImageDataConfig | None) -> ImageDataConfig:
+        """What it says of photographs; `trained`: what the autoencoder was trained on."""
         assert self.root is not None
-        names = ("workers", "validation", "crop", "zoom", "flip", "upscale", "max_bad_fraction")
-        return ImageDataConfig(self.root, **{name: getattr(self, name) for name in names})
+        found = {name: getattr(self, name) for name in ("workers", "max_bad_fraction", *CUTS)}
+        for name in ("validation", "upscale"):
+            if found[name] is None and trained is not None:
+                found[name] = getattr(trained, name)
+        return ImageDataConfig(self.root, **{name: value for name, value in found.items() if value is not None})
 
 
 class ProcessConfig(Section):
@@ -126,12 +145,18 @@ class ProcessConfig(Section):
     error: str | None = key(None, choices=READINGS)
     level_weights: list[float] | None = key(None, at_least=0)  # one a level, coarse to fine; null: 1 each
     # Above 1, a level becomes clear earlier than the others: log-SNR + 2 log(shift); null: 1 each.
-    level_shifts: list[float] | None = key(None, above=0, at_most=1e6)
+    level_shifts: list[float] | None = key(None, at_least=1e-3, at_most=1e3)
     # Adds the errors of average-pooled levels, down to this side, each over its side; null: none.
     multiscale: int | None = key(None, at_least=1, at_most=MOST_SIDE)
-    sigma_data: float = key(0.5, above=0, at_most=1e6)  # deviation of the data, for prediction=preconditioned
+    # Deviation of the data, for prediction=preconditioned; null: 0.5 with scaling=paper, else 1, as scaling makes it.
+    sigma_data: float | None = key(None, above=0, at_most=1e6)
     # independent for each level | sinc: the finest level's, low-passed; takes levels of as many channels
     noise: str = key("independent", choices=("independent", "sinc"))
+
+    def settings(self, scaling: str) -> dict[str, Any]:
+        """Every key's value, those that are null and depend on the latents' scaling, too."""
+        deviation = 0.5 if scaling == "paper" else 1.0
+        return asdict(self) | {"sigma_data": deviation if self.sigma_data is None else self.sigma_data}
 
 
 class RectifiedFlowConfig(ProcessConfig):
@@ -150,11 +175,25 @@ class VPConfig(ProcessConfig):
 
     prediction: str = key("v", choices=PREDICTIONS)
     schedule: str = key("cosine", choices=("cosine", "linear_beta"))
-    shift: float = key(1.0, above=0, at_most=1e6)  # log-SNR + 2 log(shift); simple diffusion: 64 / side of the images
-    shift_at_noise: float | None = key(None, above=0, at_most=1e6)  # another one at the noise end, interpolated
-    beta_start: float = key(0.0015, above=0, below=1)  # of linear_beta
-    beta_end: float = key(0.0195, above=0, below=1)
+    # log-SNR + 2 log(shift); simple diffusion: 64 / side of the images
+    shift: float = key(1.0, at_least=1e-3, at_most=1e3)
+    shift_at_noise: float | None = key(None, at_least=1e-3, at_most=1e3)  # another one at the noise end, interpolated
+    beta_start: float = key(0.0015, at_least=1e-6, at_most=0.1)  # of linear_beta
+    beta_end: float = key(0.0195, at_least=1e-6, at_most=0.1)
     time_distribution: str = key("uniform", choices=("uniform", "logit_normal"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.beta_start <= self.beta_end,
+            f"vp.beta_start is {self.beta_start}; it must be at most vp.beta_end, {self.beta_end}",
+        )
+        last = self.shift if self.shift_at_noise is None else self.shift_at_noise
+        require(
+            last <= MOST_INTERPOLATED * self.shift,
+            f"vp.shift_at_noise is {last}; it must be at most {MOST_INTERPOLATED} times vp.shift, {self.shift}, or "
+            "log-SNR would not grow everywhere",
+        )
 
 
 class EDMConfig(ProcessConfig):
@@ -165,12 +204,20 @@ class EDMConfig(ProcessConfig):
     prediction: str = key("preconditioned", choices=PREDICTIONS)
     sigma_max: float = key(80.0, above=0, at_most=1e6)
     sigma_min: float = key(0.002, above=0, at_most=1e6)
-    log_sigma_mean: float = key(-1.2, at_least=-20, at_most=20)  # training: log sigma is normal
+    # Training: log sigma is normal. null: -1.2 at the published sigma_data of 0.5, as much noise beside another's data.
+    log_sigma_mean: float | None = key(None, at_least=-20, at_most=20)
     log_sigma_std: float = key(1.2, above=0, at_most=20)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.sigma_min < self.sigma_max, f"edm.sigma_min is {self.sigma_min}; it must be below edm.sigma_max")
+
+    def settings(self, scaling: str) -> dict[str, Any]:
+        """See there."""
+        found = super().settings(scaling)
+        if self.log_sigma_mean is None:
+            found["log_sigma_mean"] = math.log(found["sigma_data"] / 0.5) - 1.2
+        return found
 
 
 class SampleLogConfig(Section):
@@ -196,7 +243,7 @@ class FlowTraining(Section):
     scaling: str = key("unit", choices=("unit", "paper", "channel"))
     model: NCSNppConfig = key(NCSNppConfig)
     data: FlowDataConfig = key(FlowDataConfig)
-    process: str = key("rectified_flow", choices=("rectified_flow", "vp", "edm"))
+    process: str = key("rectified_flow", choices=PROCESSES)
     rectified_flow: RectifiedFlowConfig = key(RectifiedFlowConfig)
     vp: VPConfig = key(VPConfig)
     edm: EDMConfig = key(EDMConfig)
@@ -210,6 +257,17 @@ class FlowTraining(Section):
         super().__post_init__()
         check_device(self.device)
         self.data.check()
+
+    def unused(self) -> list[str]:
+        """What is to be said of keys that another process would read."""
+        found = []
+        for name in PROCESSES:
+            section, plain = getattr(self, name), type(getattr(self, name))()
+            keys = [f.name for f in fields(section) if getattr(section, f.name) != getattr(plain, f.name)]
+            if keys and name != self.process:
+                named = ", ".join(f"{name}.{each}" for each in keys)
+                found.append(f"{named}: not used, for process is {self.process}")
+        return found
 
     def resolve(self, image_size: list[int], levels: list[Level]) -> None:
         """Takes over the latents' shape. UserError where something does not fit it."""

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from pyramid_ldm.autoencoders.load import load_autoencoder
 from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
+from pyramid_ldm.config.fixed import FIXED, kind_of
 from pyramid_ldm.data.folder import ImageFile, list_images
 from pyramid_ldm.data.images import image_size
 from pyramid_ldm.data.shards import INDEX
@@ -82,7 +83,7 @@ def evaluate(path: Path, data: Path, settings: Evaluation) -> tuple[dict[str, An
     homes = (path, path / "model")
     if any((home / MANIFEST).is_file() for home in homes):
         stage = evaluate_flow
-    elif any((home / "model.safetensors").is_file() for home in homes):
+    elif any((home / "model.safetensors").is_file() for home in homes) or (path.is_file() and kind_of(path) in FIXED):
         stage = evaluate_autoencoder
     elif any((path / name).exists() for name in ("config.yaml", "state.pt", INDEX)) or not path.is_dir():
         raise UserError(f"{path}: is no run that has saved a model, and no folder of pictures")
@@ -142,8 +143,8 @@ def evaluate_flow(path: Path, data: Path, settings: Evaluation) -> tuple[dict[st
     solver = settings.options.describe()
     figures, lines = compare(features, reference, inception, settings, pipeline.autoencoder)
     figures |= {
-        "what": "flow", "checkpoint": pipeline.checkpoint, "seed": settings.seed, "solver": asdict(settings.options),
-        "nfe": evaluations,
+        "what": "flow", "checkpoint": pipeline.checkpoint, "seed": settings.seed,
+        "solver": settings.options.record(settings.bf16), "nfe": evaluations,
     }  # fmt: skip
     head = f"samples of {path}, seed {settings.seed}, {solver}, {evaluations:.0f} evaluations an image"
     return figures, "\n".join([head, *lines])

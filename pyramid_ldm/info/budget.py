@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from pyramid_ldm.training.runtime import Runtime
 MARGIN = 1.2  # what kernels and allocators add to tensors: a measured step of scapes2k's flow, 7.35 GiB for 5.57
 PROCESS = 0.65 * 2**30  # bytes of main memory that Python and PyTorch take themselves
 REGIONS = "let the loss see parts of an image with train.regions=2"
+OF_FLOW = {field.name for field in fields(FlowTraining)} - {field.name for field in fields(AutoencoderTraining)}
 Schema = TypeVar("Schema", AutoencoderTraining, FlowTraining)
 
 
@@ -39,11 +41,10 @@ def kind_of_config(path: Path) -> str | None:
     kind = loaded.get("kind")
     if isinstance(kind, str):
         return kind if kind in ("train-ae", "train-flow", "autoencoder", "flow", *FIXED) else None
+    data = loaded.get("data")
+    if OF_FLOW & loaded.keys() or (isinstance(data, dict) and {"shards", "autoencoder"} & data.keys()):
+        return "train-flow"
     if "model" in loaded:
-        data = loaded.get("data")
-        of_flow = isinstance(data, dict) and {"shards", "autoencoder"} & data.keys()
-        if of_flow or {"scaling", "rectified_flow", "samples"} & loaded.keys():
-            return "train-flow"
         return "train-ae" if "image_size" in loaded else None
     if "levels" in loaded:
         return "autoencoder" if "encoder" in loaded else "flow" if "widths" in loaded else None
@@ -69,11 +70,14 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> AutoencoderTrain
 def _load(schema: type[Schema], path: Path, overrides: Sequence[str]) -> Schema:
     # What the config leaves open costs nothing.
     written = read_yaml(path)
-    name = "root" if schema is AutoencoderTraining else "shards"
     data = written.get("data")
+    given = {key for key, value in (data.items() if isinstance(data, dict) else ()) if value not in (None, "???")}
+    given |= {text.partition("=")[0].removeprefix("data.") for text in overrides if text.startswith("data.")}
     unset: list[str] = ["run_dir=unset"] if written.get("run_dir") in (None, "???") else []
-    if not isinstance(data, dict) or data.get(name, "???") == "???":
-        unset.append(f"data.{name}=unset")
+    wanted = ["root"]
+    if schema is FlowTraining:
+        wanted = ["root", "autoencoder"] if "root" in given and "shards" not in given else ["shards"]
+    unset += [f"data.{name}=unset" for name in wanted if name not in given]
     return load_config(schema, path, [*unset, *overrides])
 
 

@@ -1,7 +1,8 @@
 """The 5/3 wavelet (Le Gall & Tabatabai 1988) by lifting, as JPEG 2000 has it without its rounding.
 
-Samples beyond an end are those before it, mirrored about it. Bands are scaled so that white noise keeps about its
-deviation: the mean band by sqrt 2, the differences by 1 / sqrt 2, per axis.
+Samples beyond an end are those before it, mirrored about it. The mean band is scaled by sqrt 2, the differences
+by 1 / sqrt 2, per axis, which brings the transform near an orthogonal one: white noise of deviation 1 has 0.7 to 1.5 in
+the bands at depth 1, 0.6 to 2.4 at depth 4.
 """
 
 import math

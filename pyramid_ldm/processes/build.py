@@ -13,7 +13,7 @@ from pyramid_ldm.processes.vp import VariancePreserving
 
 def build_process(config: FlowTraining) -> Process:
     """The one that a config describes."""
-    return process_from_dict({"name": config.process, **asdict(getattr(config, config.process))})
+    return process_from_dict({"name": config.process, **getattr(config, config.process).settings(config.scaling)})
 
 
 def process_from_dict(values: Mapping[str, Any]) -> Process:

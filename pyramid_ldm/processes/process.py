@@ -97,11 +97,12 @@ class Process(ABC):
 
     @property
     def begin(self) -> float:
-        """Where sampling starts: 0; where noise is predicted, at a log-SNR of -6, for the data are read from it by
-        division by alpha, which multiplies the network's error (Latent Diffusion's schedule begins at -5)."""
+        """Where sampling starts: 0; where noise is predicted, at a log-SNR of -6 in the level that is clear first, for
+        the data are read from it by division by alpha, which multiplies the network's error."""
         if self.prediction != "noise":
             return 0.0
-        return float(self.time_of(torch.tensor(FAINTEST, dtype=torch.float64)))
+        ahead = 2 * math.log(max(self.level_shifts or [1.0]))
+        return float(self.time_of(torch.tensor(FAINTEST - ahead, dtype=torch.float64)))
 
     @property
     def clean_at_end(self) -> bool:

@@ -28,10 +28,12 @@ class RectifiedFlow(Process):
     NAME: ClassVar[str] = "rectified_flow"
 
     def time(self, uniform: Tensor) -> Tensor:
-        """min(eps + u, 1), or the logit-normal's quantile of u, within [eps, 1]."""
+        """min(eps + u, 1), or the logit-normal's quantile of u, within [eps, 1]; where the network does not predict
+        the velocity, at most 1 - eps, for nothing else can be read from it at 1."""
+        last = self._last
         if self.time_distribution == "logit_normal":
-            return torch.sigmoid(torch.special.ndtri(uniform)).clamp(self.eps, 1.0)
-        return (uniform + self.eps).clamp(max=1.0)
+            return torch.sigmoid(torch.special.ndtri(uniform)).clamp(self.eps, last)
+        return (uniform + self.eps).clamp(max=last)
 
     def with_uniform_time(self) -> "RectifiedFlow":
         """The same with times drawn uniformly."""
@@ -68,7 +70,11 @@ class RectifiedFlow(Process):
     @property
     def span(self) -> tuple[float, float]:
         """eps to 1; where the network does not predict the velocity, which has no limit at 1, to 1 - eps."""
-        return max(self.begin, self.eps), 1.0 if self.clean_at_end else 1 - self.eps
+        return max(self.begin, self.eps), self._last
+
+    @property
+    def _last(self) -> float:
+        return 1.0 if self.clean_at_end else 1 - self.eps
 
     @property
     def clean_at_end(self) -> bool:
@@ -76,8 +82,12 @@ class RectifiedFlow(Process):
         return self.prediction == "velocity"
 
     def at_start(self, t: Tensor, shift: float = 1.0) -> Tensor:
-        """sigma, but 1 where the velocity is predicted: the noise itself, also at t = eps (PDM section 4.2)."""
-        return torch.ones_like(t) if self.clean_at_end else super().at_start(t, shift)
+        """sigma, but 1 at t = eps, where PDM starts with the noise itself (section 4.2); a level that is ahead has too
+        little of it by then."""
+        sigma = super().at_start(t, shift)
+        if self.clean_at_end and shift == 1:
+            return torch.where(t <= self.eps, torch.ones_like(sigma), sigma)
+        return sigma
 
     def drift(self, prediction: Prediction, t: Tensor) -> Pyramid:
         """tau' (x - eps)."""

@@ -36,18 +36,18 @@ class SolverOptions:
             called "ddim": first order. "ancestral": the same with fresh noise (DDPM). "heun": second order, two
             evaluations a step but the last. "dpmpp_2m": DPM-Solver++(2M). "abm2": Adams-Bashforth, corrected by
             Adams-Moulton through the next evaluation.
-        steps, spacing: of those of fixed steps; see `Process.grid`.
+        steps, spacing: of those of fixed steps, 200 (None); see `Process.grid`.
         eta: of "ancestral", how much of DDPM's noise is fresh: 1 (None) all, 0 none.
-        rtol, atol: of those of adaptive steps.
+        rtol, atol: of those of adaptive steps, 1e-5 (None).
         max_nfe: evaluations after which it gives up. None: 2000, or as many as fixed steps take.
         bf16: whether the network computes in bfloat16. None: as the decoder with fixed steps, no with adaptive ones,
             which would take its rounding for error.
     """
 
     solver: str = "rk45"
-    steps: int = 200
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    steps: int | None = None
+    rtol: float | None = None
+    atol: float | None = None
     max_nfe: int | None = None
     bf16: bool | None = None
     spacing: str = "uniform"
@@ -58,8 +58,15 @@ class SolverOptions:
             raise UserError(f"solver is {self.solver!r}; choose {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}")
         if self.spacing not in SPACINGS:
             raise UserError(f"spacing is {self.spacing!r}; choose {', '.join(SPACINGS)}")
-        if not (0 < self.rtol < math.inf and 0 < self.atol < math.inf):
-            raise UserError(f"rtol is {self.rtol:g}, atol {self.atol:g}; both must be finite and above 0")
+        rtol, atol = self.tolerances
+        if not (0 < rtol < math.inf and 0 < atol < math.inf):
+            raise UserError(f"rtol is {rtol:g}, atol {atol:g}; both must be finite and above 0")
+        if self.solver in ADAPTIVE and self.steps is not None:
+            raise UserError(
+                f"steps is {self.steps}, and {self.solver} finds its own; choose a solver of fixed steps, such as euler"
+            )
+        if self.solver in FIXED and (self.rtol, self.atol) != (None, None):
+            raise UserError(f"rtol and atol are for solver rk45 and dopri5; {self.solver} takes steps as they are")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise UserError(f"eta is {self.eta:g}; it must be from 0 to 1")
         if self.eta is not None and self.solver != "ancestral":
@@ -68,18 +75,28 @@ class SolverOptions:
             raise UserError(
                 f"spacing is {self.spacing}, and {self.solver} finds its own steps; choose one of fixed steps"
             )
-        if min(self.steps, self.most) < 1:
-            raise UserError(f"steps is {self.steps}, max_nfe {self.most}; both must be at least 1")
+        if min(self.count, self.most) < 1:
+            raise UserError(f"steps is {self.count}, max_nfe {self.most}; both must be at least 1")
         if self.solver in FIXED and self.most < self.evaluations:
             raise UserError(
-                f"{self.solver} with --steps {self.steps} takes {self.evaluations} evaluations, more than --max-nfe "
+                f"{self.solver} with --steps {self.count} takes {self.evaluations} evaluations, more than --max-nfe "
                 f"{self.most}; lower the one or raise the other"
             )
 
     @property
+    def count(self) -> int:
+        """`steps`, or what stands for None."""
+        return 200 if self.steps is None else self.steps
+
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        """`rtol` and `atol`, or what stands for None."""
+        return 1e-5 if self.rtol is None else self.rtol, 1e-5 if self.atol is None else self.atol
+
+    @property
     def evaluations(self) -> int:
         """Of fixed steps."""
-        return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+        return 2 * self.count - 1 if self.solver == "heun" else self.count
 
     @property
     def fresh(self) -> float:
@@ -95,9 +112,9 @@ class SolverOptions:
 
     def record(self, bf16: bool) -> dict[str, object]:
         """What a sample depends on besides its noise and the networks; `bf16`: of the decoder."""
-        settings: dict[str, object] = {"rtol": self.rtol, "atol": self.atol}
+        settings: dict[str, object] = dict(zip(("rtol", "atol"), self.tolerances, strict=True))
         if self.solver in FIXED:
-            settings = {"steps": self.steps}
+            settings = {"steps": self.count}
             if self.spacing != "uniform":
                 settings["spacing"] = self.spacing
         if self.solver == "ancestral":
@@ -109,8 +126,8 @@ class SolverOptions:
     def describe(self) -> str:
         """In a few words."""
         if self.solver not in FIXED:
-            return f"{self.solver}, tolerance {self.rtol:g}"
-        return f"{self.solver}, {self.steps} steps"
+            return f"{self.solver}, tolerance {self.tolerances[0]:g}"
+        return f"{self.solver}, {self.count} steps"
 
     def network_in_bf16(self, bf16: bool) -> bool:
         """Whether the network computes in bfloat16, where the decoder does or does not."""
@@ -180,7 +197,7 @@ def solve(
     noise = process.correlated(tuple(level.float() for level in noise))
     if options.solver in ADAPTIVE:
         return _adaptive(options, process, counted, noise)
-    walk = Walk(process, counted, process.grid(options.steps, options.spacing), noise)
+    walk = Walk(process, counted, process.grid(options.count, options.spacing), noise)
     match options.solver:
         case "heun":
             latents = heun(walk)
@@ -246,7 +263,8 @@ def _rk45(
         nonlocal reached
         reached = time
 
-    return dormand_prince.solve(field, start, begin, end, rtol=options.rtol, atol=options.atol, parts=sizes, at=at)
+    rtol, atol = options.tolerances
+    return dormand_prince.solve(field, start, begin, end, rtol=rtol, atol=atol, parts=sizes, at=at)
 
 
 def _dopri5(
@@ -275,10 +293,9 @@ def _dopri5(
     # Without a first step of ours, torchdiffeq probes at an unbounded t.
     settings = {"norm": norm, "step_t": torch.tensor([end]), "first_step": 0.01, "dtype": time_type}
     times = torch.tensor([begin, end], dtype=time_type, device=start.device)
+    rtol, atol = options.tolerances
     try:
-        path = torchdiffeq.odeint(
-            field, start, times, rtol=options.rtol, atol=options.atol, method="dopri5", options=settings
-        )
+        path = torchdiffeq.odeint(field, start, times, rtol=rtol, atol=atol, method="dopri5", options=settings)
     except AssertionError as error:
         raise ArithmeticError(f"the step size vanished ({error})") from None
     return path[-1], [evaluations] * batch

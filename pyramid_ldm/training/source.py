@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pyramid_ldm.autoencoders.load import load_autoencoder
+from pyramid_ldm.autoencoders.load import load_autoencoder, trained_on
 from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.batch import Batch
@@ -145,7 +145,14 @@ class EncodedPhotographs(Source):
         self.key, self.place = "data.root", config.data.root
         self.autoencoder = load_autoencoder(Path(config.data.autoencoder)).to(runtime.device)
         self.levels = list(self.autoencoder.levels)
-        self.photographs = TrainingPhotographs(config.data.photographs(), self.image_size, config.seed, runtime)
+        trained = trained_on(Path(config.data.autoencoder))
+        data = config.data.photographs(trained)
+        self.photographs = TrainingPhotographs(data, self.image_size, config.seed, runtime)
+        if trained is not None and trained.validation != data.validation:
+            self.photographs.notes.append(
+                f"data.validation is {data.validation}, and the autoencoder held out {trained.validation}: the two "
+                f"stages hold out different photographs"
+            )
 
     def begin(self, bad: dict[str, str]) -> None:
         """Which are trained on."""
@@ -190,7 +197,7 @@ class EncodedPhotographs(Source):
             "data": self.photographs.fingerprint,
             "autoencoder": self.autoencoder.fingerprint(),
             "image_size": list(self.image_size),
-            "validation": self.config.data.validation,
+            "validation": self.photographs.data.validation,
         }
 
     def describe(self) -> str:

@@ -52,7 +52,7 @@ class FlowStage(Stage):
         super().__init__(config, run, runtime, state)
         self.source, self.process = source, build_process(config)
         skipped = resume(config, source, state, run, runtime)
-        self.notes = [*source.notes, *skipped]
+        self.notes = [*config.unused(), *source.notes, *skipped]
         self.model = runtime.wrap(state.network, config.compile)
         self.networks = [self.model]
 
@@ -102,7 +102,7 @@ class FlowStage(Stage):
         found: dict[str, Tensor] = {}
         for split in SPLITS:
             if self.source.counts[split]:
-                found |= named_levels(state.network, self.mean_losses(split, pipeline), split)
+                found |= named_levels(state.network, self.mean_losses(split, pipeline, log), split)
         values = {name: float(value) for name, value in found.items()}
         log.metrics(state.images_seen, values)
         log.say("  ".join(f"{name} {value:.4f}" for name, value in values.items() if name.startswith("held_out")))
@@ -113,7 +113,7 @@ class FlowStage(Stage):
         images = [image for output in outputs for image in output.images]
         log.picture("samples", state.images_seen, grid(images))
 
-    def mean_losses(self, split: str, pipeline: PyramidPipeline) -> Tensor:
+    def mean_losses(self, split: str, pipeline: PyramidPipeline, log: RunLog) -> Tensor:
         """(levels,): of the averaged network, without dropout, on up to 256 draws of a split: several times and noises
         for each image, the same in every run of a seed. Times are uniform whatever training draws, so that runs can be
         compared."""
@@ -122,6 +122,7 @@ class FlowStage(Stage):
         parts = [list(range(first, first + AT_ONCE)) for first in range(0, count, AT_ONCE)]
         found = []
         for batch in self.source.to_examine(split, parts):
+            self.source.received(batch, log)
             with self.runtime.autocast():
                 raw = self.source.latents(batch)
                 noise, t = draw(process, network.shapes, batch.positions, self.config.seed, raw[0].device)
