@@ -142,8 +142,7 @@ def heun(walk: Walk) -> Pyramid:
 
 def abm2(walk: Walk) -> Pyramid:
     """Adams-Bashforth of order 2 predicts; once the next evaluation is there, Adams-Moulton of order 3, through it and
-    the two before, corrects the step that led to it: one evaluation a step, as UniPC-2 (Zhao et al. 2023) has it. On
-    the demo's network 20 steps are 67.4 dB from the exact solution, 64.3 with the trapezoid instead of order 3."""
+    the two before, corrects the step that led to it: one evaluation a step, as UniPC-2 (Zhao et al. 2023) has it."""
     latents = corrected = walk.start
     known: list[Known] = []
     for k, a, b in walk.steps():
