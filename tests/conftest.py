@@ -20,6 +20,7 @@ from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.encode import EncodeOptions, encode
 from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.pyramid import Level
+from pyramid_ldm.training import train_flow
 from pyramid_ldm.training.runtime import Runtime
 
 torch.set_num_threads(1)  # what tests compute is too small for two
@@ -41,6 +42,12 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """The longest file first: nobody waits for it at the end when several processes share the tests."""
     items.sort(key=lambda item: item.path.stem != "test_training")
+
+
+@pytest.fixture(autouse=True)
+def few_draws_are_examined(monkeypatch):
+    """What `train-flow` in this process looks at from time to time; 256 are for networks that learn something."""
+    monkeypatch.setattr(train_flow, "EXAMINED", 16)
 
 
 def at(*times: float) -> Context:

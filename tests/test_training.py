@@ -27,7 +27,6 @@ from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.photographs import Preprocessing
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import sealed, write_json
-from pyramid_ldm.training import train_flow
 from pyramid_ldm.training.checkpoint import checkpoint_directories
 from pyramid_ldm.training.runtime import Runtime
 
@@ -60,11 +59,6 @@ samples: {steps: 4}
 log: {every: 4, pictures_every: 32, pictures: 2}
 checkpoint: {every: 16}
 """
-
-
-@pytest.fixture(autouse=True)
-def few_are_examined(monkeypatch):
-    monkeypatch.setattr(train_flow, "EXAMINED", 16)
 
 
 def command(*arguments: object) -> list[str]:
