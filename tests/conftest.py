@@ -39,9 +39,12 @@ def pytest_addoption(parser):
     parser.addoption("--write-goldens", action="store_true", help="write tests/golden_loops.json anew")
 
 
+LONG = ("test_training", "test_faults", "test_cli", "test_fixed_autoencoders", "test_solvers", "test_regions", "test_demo")
+
+
 def pytest_collection_modifyitems(items):
-    """The longest file first: nobody waits for it at the end when several processes share the tests."""
-    items.sort(key=lambda item: item.path.stem != "test_training")
+    """Long files first: nobody waits for them at the end when several processes share the tests."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(autouse=True)
