@@ -39,7 +39,15 @@ def pytest_addoption(parser):
     parser.addoption("--write-goldens", action="store_true", help="write tests/golden_loops.json anew")
 
 
-LONG = ("test_training", "test_faults", "test_cli", "test_fixed_autoencoders", "test_solvers", "test_regions", "test_demo")
+LONG = (
+    "test_training",
+    "test_faults",
+    "test_cli",
+    "test_fixed_autoencoders",
+    "test_solvers",
+    "test_regions",
+    "test_demo",
+)
 
 
 def pytest_collection_modifyitems(items):
