@@ -90,9 +90,8 @@ SIGNS = torch.tensor([-1.0, 0.0, 1.0]).view(3, 1, 1, 1)  # of the noise: where t
 
 
 PREDICTIONS = ("velocity", "noise", "data", "v", "preconditioned")
-VARIANTS = [
-    name for name in PROCESSES if "ahead" in name or "interpolated" in name
-]  # the same readings of another path
+# Read by the same code as the path that they vary: two predictions suffice.
+VARIANTS = [name for name in PROCESSES if "ahead" in name or "interpolated" in name]
 CASES = [(name, kind) for name in PROCESSES for kind in PREDICTIONS if name not in VARIANTS or kind in PREDICTIONS[:2]]
 
 
@@ -167,15 +166,13 @@ def test_grids_run_from_noise_to_data(name, spacing):
         assert (high - low) / 2 == pytest.approx(deviation, rel=0.006)
 
 
-@pytest.mark.parametrize(
-    ("process", "deviation"), [(RectifiedFlow(level_shifts=[16.0, 1.0]), 0.005), (EDM(level_shifts=[16.0, 1.0]), 0.005)]
-)
+@pytest.mark.parametrize("process", [RectifiedFlow(level_shifts=[16.0, 1.0]), EDM(level_shifts=[16.0, 1.0])])
 @pytest.mark.parametrize("solver", ["rk45", "dpmpp_2m karras", "dpmpp_2m"])
-def test_a_level_far_ahead_starts_with_as_much_noise_as_it_should_have(process, deviation, solver):
+def test_a_level_far_ahead_starts_with_as_much_noise_as_it_should_have(process, solver):
     name, _, spacing = solver.partition(" ")
     options = SolverOptions(name) if name == "rk45" else SolverOptions(name, steps=250, spacing=spacing or "uniform")
     level = solved(process, options, (SIGNS, SIGNS)).latents[0]
-    assert (level[2] - level[0]).item() / 2 == pytest.approx(DEVIATION[0], rel=deviation)
+    assert (level[2] - level[0]).item() / 2 == pytest.approx(DEVIATION[0], rel=0.005)
 
 
 @pytest.mark.parametrize("base", [RectifiedFlow(), VariancePreserving(), EDM(sigma_max=1000.0)])

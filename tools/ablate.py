@@ -248,7 +248,7 @@ def network_row(
             write_json(kept, found)
         if "rk45_nfe" not in found:
             found["rk45_nfe"] = pipeline(num_images=16, seed=1, solver="rk45", rtol=1e-3, atol=1e-3).nfe
-        write_json(kept, found)
+            write_json(kept, found)
     return found
 
 

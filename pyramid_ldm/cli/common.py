@@ -39,7 +39,7 @@ def find_config(name: str, kind: str) -> Path:
 def find_stage_one(name: str) -> Path:
     """A run, a model directory or a config of stage one; a shipped config also without being in a clone."""
     path = Path(os.path.expanduser(name))
-    return find_config(name, KINDS[0]) if path.suffix in (".yaml", ".yml") else path
+    return find_config(name, KINDS[0]) if path.suffix in (".yaml", ".yml") and not path.is_dir() else path
 
 
 class Number:

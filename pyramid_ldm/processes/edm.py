@@ -62,7 +62,8 @@ class EDM(Process):
     def grid(self, steps: int, spacing: str = "uniform") -> list[float]:
         """Equation 5, "karras", where uniform: the last evaluation is at sigma_min."""
         if spacing in ("uniform", "karras"):
-            return [self.begin + (1 - self.begin) * k / max(steps - 1, 1) for k in range(steps)]
+            begin = self.begin
+            return [begin + (1 - begin) * k / max(steps - 1, 1) for k in range(steps)]
         return super().grid(steps, spacing)
 
     @property
