@@ -5,6 +5,9 @@
     tools/ablate.py autoencoder ... --rows default "group norm" --seeds 0 1
     tools/ablate.py network --shards latents/ --reference held-out/ --inception inception-2015-12-05.pt --out net/
     tools/ablate.py network ... --rows default "predict data" --solvers euler abm2 --evaluations 10 20 50
+    tools/ablate.py both --data photographs/ --reference landscapes/ --inception inception-2015-12-05.pt --out both/
+
+`both` judges a stage one by what it reconstructs and by what a flow of fixed size and length draws in its latents.
 
 Every row is a recipe (tools/ablation_recipe.yaml, tools/flow.yaml) with a few config keys of its own
 (tools/ablations.yaml). A row that is done is not trained again; one that was interrupted goes on. Writes table.md into
@@ -14,6 +17,7 @@ Every row is a recipe (tools/ablation_recipe.yaml, tools/flow.yaml) with a few c
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,11 +36,13 @@ from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.images import normalise
 from pyramid_ldm.data.photographs import Photographs, Preprocessing, crops_to_examine
 from pyramid_ldm.data.shards import LatentCache
+from pyramid_ldm.encode import EncodeOptions, encode
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation import frechet
 from pyramid_ldm.evaluation.evaluate import reconstruction_figures
 from pyramid_ldm.evaluation.metrics import bicubic
 from pyramid_ldm.evaluation.reference import Reference, sample_features
+from pyramid_ldm.evaluation.sheets import grid
 from pyramid_ldm.files import read_lines, write_json, write_text
 from pyramid_ldm.info.cost import Work, count, empty_latents
 from pyramid_ldm.pipeline import PyramidPipeline
@@ -49,7 +55,7 @@ from pyramid_ldm.training.train_autoencoder import train_autoencoder
 from pyramid_ldm.training.train_flow import train_flow
 
 TOOLS = Path(__file__).resolve().parent
-ROWS: dict[str, dict[str, list[str]]] = yaml.safe_load((TOOLS / "ablations.yaml").read_text(encoding="utf-8"))
+ROWS: dict[str, dict[str, Any]] = yaml.safe_load((TOOLS / "ablations.yaml").read_text(encoding="utf-8"))
 CROPS = 256  # random ones that latents are described by
 COLUMNS = (("psnr", "PSNR, dB", 2), ("ssim", "SSIM", 3), ("lpips", "LPIPS", 3))
 SOLVERS = ("euler", "ancestral", "heun", "dpmpp_2m", "abm2")
@@ -282,7 +288,7 @@ def ablate_network(args: argparse.Namespace) -> None:
         for name in args.rows:
             keys = [*ROWS["network"][name], f"data.shards={args.shards}", *args.set]
             keys += [f"run_dir={run_directory(args.out, name, seed)}", f"seed={seed}"]
-            config = load_config(FlowTraining, TOOLS / "flow.yaml", keys)
+            config = load_config(FlowTraining, args.recipe, keys)
             found = network_row(config, reference, inception, args)
             groups.setdefault(name, []).append(found)
             if not floor:  # once: every run has the cache's autoencoder
@@ -296,6 +302,85 @@ def ablate_network(args: argparse.Namespace) -> None:
                     "with these two; KID does not.\n"
                 )
             report(args.out / "table.md", network_table(groups, args.solvers, args.evaluations) + floor)
+
+
+def both_row(args: argparse.Namespace, name: str, seed: int, reference: Reference, inception: frechet.Inception) -> Result:
+    """Trains an autoencoder, encodes, trains a flow, draws and measures; or goes on, or reads what is done."""
+    run, row = run_directory(args.out, name, seed), ROWS["both"][name] or {}
+    places = [f"data.root={args.data}", f"run_dir={run / 'ae'}", f"seed={seed}"]
+    config = load_config(AutoencoderTraining, args.recipes[0], [*row.get("autoencoder", []), *args.set, *places])
+    keys = [*row.get("flow", []), *args.set_flow, f"data.shards={run / 'latents'}"]
+    options = {"ae": to_yaml(config), "flow": keys, "samples": args.samples, "real": len(reference.features)}
+    run.mkdir(parents=True, exist_ok=True)
+    remember(run, options)
+    kept, began = run / "result.json", time.perf_counter()
+    found: Result = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    if "psnr" not in found:
+        found |= autoencoder_row(config)
+        model = PyramidAutoencoder.from_pretrained(run / "ae")
+        found |= {key: found["curve"][-1].get(f"held_out_{key}") for key, _, _ in COLUMNS}
+        found["floor"] = reference.floor(reference.half, inception, model)
+        found["minutes_ae"] = (time.perf_counter() - began) / 60
+        write_json(kept, found)
+    if "losses" not in found:
+        began = time.perf_counter()
+        runtime = start("auto", "auto")
+        encode(run / "ae", args.data, run / "latents", EncodeOptions(batch_size=32), runtime)
+        flow = load_config(FlowTraining, args.recipes[1], [*keys, f"run_dir={run / 'flow'}", f"seed={seed}"])
+        _, finished = train_flow(flow)
+        if not finished:
+            raise KeyboardInterrupt
+        last = {key: value for line in read_lines(run / "flow" / "metrics.jsonl") for key, value in line.items()}
+        found["losses"] = {key: value for key, value in last.items() if key.startswith(("train_", "held_out_"))}
+        found["minutes_flow"] = (time.perf_counter() - began) / 60
+        write_json(kept, found)
+    for solver in args.solvers:
+        for number in args.evaluations:
+            if f"{solver}_{number}" in found:
+                continue
+            pipeline = PyramidPipeline.from_pretrained(run / "flow").to(inception.device)
+            features, _ = sample_features(pipeline, inception, args.samples, 1, SolverOptions(solver, steps=number))
+            found[f"{solver}_{number}"] = reference.distances(features)
+            write_json(kept, found)
+    if not (run / "samples.png").is_file():
+        pipeline = PyramidPipeline.from_pretrained(run / "flow").to(inception.device)
+        grid(pipeline(num_images=32, seed=1, solver="euler", steps=20, batch_size=32).images, 8).save(run / "samples.png")
+    return found
+
+
+def both_table(groups: dict[str, list[Result]], args: argparse.Namespace) -> str:
+    """A line a group of seeds."""
+    drawn = [f"{solver}_{number}" for solver in args.solvers for number in args.evaluations]
+    head = ["", *(title for _, title, _ in COLUMNS), "rKID x 1000", *(f"KID, {d.replace('_', ' ')}" for d in drawn)]
+    lines = []
+    for name, results in groups.items():
+        cells = [name]
+        for key, _, digits in COLUMNS:
+            known = [r[key] for r in results if r[key] is not None]
+            cells.append(spread(known, digits) if known else "-")
+        cells.append(spread((1000 * r["floor"]["reconstructions"]["kid"] for r in results), 1))
+        cells += [spread((1000 * r[d]["kid"] for r in results), 1) for d in drawn]
+        first = results[0]
+        cells.append(", ".join(f"{first['losses'][key]:.2f}" for key in first["losses"] if key.startswith("held_out_")))
+        for key in ("std", "noise", "predictable"):
+            cells.append(", ".join("-" if value is None else f"{value:.2f}" for value in first[key]))
+        cells += [f"{first['minutes_ae']:.1f} + {first['minutes_flow']:.1f}", str(len(results))]
+        lines.append(cells)
+    return markdown([*head, "held-out loss", "latent std", "noise", "predictable", "minutes", "seeds"], lines)
+
+
+def ablate_both(args: argparse.Namespace) -> None:
+    """Stage one judged by both stages."""
+    inception = frechet.Inception(args.inception, start("auto", "auto").device)
+    groups: dict[str, list[Result]] = {}
+    reference: Reference | None = None
+    for seed in args.seeds:
+        for name in args.rows:
+            if reference is None:
+                size = load_config(AutoencoderTraining, args.recipes[0], ["run_dir=x", "data.root=x"]).image_size
+                reference = Reference.of_images(find_images(args.reference), (size[0], size[1]), inception)
+            groups.setdefault(name, []).append(both_row(args, name, seed, reference, inception))
+            report(args.out / "table.md", both_table(groups, args))
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -313,6 +398,18 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--data", type=Path, required=True, help="photographs; a fifth is held out")
             command.add_argument("--vgg", default="imagenet", help="VGG-16 weights for LPIPS")
             continue
+        if stage == "both":
+            configs = [TOOLS.parent / f"{each}_configs" / "demo.yaml" for each in ("autoencoder", "diffusion")]
+            command.add_argument("--data", type=Path, required=True, help="photographs to train on")
+            command.add_argument("--recipes", nargs=2, type=Path, default=configs, help="of the stages; the demo's")
+            command.add_argument("--set-flow", nargs="*", default=[], metavar="KEY=VALUE", help="changes every flow")
+            command.add_argument("--reference", type=Path, required=True, help="real images that are not in --data")
+            command.add_argument("--inception", type=Path, required=True, help="inception-2015-12-05.pt")
+            command.add_argument("--samples", type=int, default=256, help="of each row")
+            command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
+            command.add_argument("--evaluations", nargs="+", type=int, default=[20], help="of each solver")
+            continue
+        command.add_argument("--recipe", type=Path, default=TOOLS / "flow.yaml", help="a config of train-flow")
         command.add_argument("--shards", type=Path, required=True, help="a cache made by `pyramid-ldm encode`")
         command.add_argument("--reference", type=Path, required=True, help="real images that it does not hold")
         command.add_argument("--inception", type=Path, required=True, help="inception-2015-12-05.pt")
@@ -344,7 +441,7 @@ def exit_code(name: str, work: Callable[[], object]) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """See `exit_code`."""
     args = parse(words)
-    work = ablate_autoencoder if args.stage == "autoencoder" else ablate_network
+    work = {"autoencoder": ablate_autoencoder, "network": ablate_network, "both": ablate_both}[args.stage]
     return exit_code("ablate", lambda: work(args))
 
 

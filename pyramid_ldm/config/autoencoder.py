@@ -82,8 +82,8 @@ class AutoencoderConfig(Section):
     latent: str = key("kl", choices=("kl", "vq"))
     codebook_size: int = key(1024, at_least=1, at_most=2**24)  # vq: entries per level
     skip: str = key("res_skip", choices=("res_skip", "residual", "skip", "none"))  # PDM figure 4
-    # pixel: local in space; group: of the whole image, and nothing can be decoded in part then.
-    norm: str = key("pixel", choices=("pixel", "group"))
+    # pixel, none: local in space; group: of the whole image, and nothing can be decoded in part then.
+    norm: str = key("pixel", choices=("pixel", "none", "group"))
     encoder: EncoderConfig = key(EncoderConfig)
     decoder: DecoderConfig = key(DecoderConfig)
     attention: AttentionConfig = key(AttentionConfig)
@@ -183,6 +183,10 @@ class AutoencoderTrainConfig(TrainConfig):
     # Reconstruct and judge only so many random parts of each image; 0: all of it.
     regions: int = key(0, at_least=0, at_most=2**16, may_change=True)
     region_size: int = key(512, at_least=1, at_most=MOST_SIDE, may_change=True)  # pixels a side
+    # Share of the images that are decoded from some of their coarsest levels alone, zeros in place of the finer ones.
+    level_dropout: float = key(0.0, at_least=0, at_most=1)
+    # What such a decoding is held against: the image, or what of it these levels' resolution shows.
+    level_target: str = key("image", choices=("image", "low_pass"))
 
 
 class AutoencoderTraining(Section):
@@ -208,7 +212,7 @@ class AutoencoderTraining(Section):
         super().__post_init__()
         check_device(self.device)
         require(
-            self.train.regions == 0 or self.model.norm == "pixel",
-            "train.regions needs model.norm=pixel: with group norms every part of an image depends on all of it",
+            self.train.regions == 0 or self.model.norm != "group",
+            "train.regions needs model.norm=pixel or none: with group norms every part of an image depends on all of it",
         )
         self.model.resolve(self.image_size)

@@ -82,6 +82,15 @@ class Range:
 
 
 @dataclass(frozen=True)
+class Woods:
+    """What grows on the nearer ranges."""
+
+    height: float  # of the nearest trees; 0 where there are none
+    cover: float  # 0 is a tree here and there, 1 a closed wood
+    rounded: bool  # broad-leaved trees rather than conifers
+
+
+@dataclass(frozen=True)
 class Clouds:
     """One layer of clouds, between wispy veils (soft, stretched) and heaped clouds (crisp, rounder)."""
 
@@ -112,6 +121,8 @@ class Scene:
     water: float | None  # y of the far shore
     bank: Range | None  # land in front of the water
     offset: int
+    woods: Woods
+    faint_stars: Array  # (count, 3), seen in large pictures alone
 
     @property
     def night(self) -> bool:
@@ -152,7 +163,16 @@ class Scene:
             ranges=_draw_ranges(rng, horizon, water),
             bank=bank if rng.random() < 0.45 else None,
             offset=int(rng.integers(65536)),
+            # Drawn last: they change nothing of what was there before them.
+            woods=_draw_woods(rng),
+            faint_stars=rng.uniform((-2, 0, 0), (2, horizon, 1), (2500, 3)).astype(np.float32),
         )
+
+
+def _draw_woods(rng: np.random.Generator) -> Woods:
+    """Woods on two landscapes of three."""
+    kind, height, cover, rounded = rng.random(4).tolist()
+    return Woods(0.012 + 0.014 * height if kind < 0.66 else 0.0, 0.35 + 0.75 * cover, rounded < 0.3)
 
 
 def _draw_clouds(rng: np.random.Generator, horizon: float) -> Clouds:

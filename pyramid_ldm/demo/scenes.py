@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pyramid_ldm.demo import detail
 from pyramid_ldm.demo.noise import Array, fractal_noise
 from pyramid_ldm.demo.scene import Clouds, Range, Scene
 
@@ -64,6 +65,11 @@ class _View:
     y: Array  # (height,)
     pixel: float  # side of a pixel
 
+    def finer(self, times: int) -> _View:
+        """The same columns, each divided."""
+        parts = (np.arange(times, dtype=np.float32) + 0.5) / times - 0.5
+        return _View((self.x[:, None] + self.pixel * parts).ravel(), self.y, self.pixel / times)
+
 
 def _smoothstep(low: float, high: float, value: Array) -> Array:
     """0 below `low`, 1 above `high`, smooth between (falling if `low` > `high`)."""
@@ -100,7 +106,11 @@ def _paint_stars(image: Array, scene: Scene, view: _View) -> None:
     """Stars: small Gaussian spots, fainter where a pixel is larger than the star."""
     sigma = max(0.0009, 0.55 * view.pixel)
     dark = min(1.0, (-0.4 - scene.elevation) / 0.3) * min(1.0, 0.0022 / sigma)
-    for sx, sy, brightness in scene.stars:
+    faint = 0.35 * detail.shown(0.004, view.pixel)
+    stars = scene.stars
+    if faint:
+        stars = np.concatenate([stars, scene.faint_stars * np.float32((1, 1, faint))])
+    for sx, sy, brightness in stars:
         column, row = round((sx - view.x[0]) / view.pixel), round((sy - view.y[0]) / view.pixel)
         if 2 <= column < len(view.x) - 2 and 2 <= row < len(view.y) - 2:
             block = slice(row - 2, row + 3), slice(column - 2, column + 3)
@@ -129,6 +139,7 @@ def _paint_clouds(image: Array, clouds: Clouds, scene: Scene, view: _View) -> No
     noise = fractal_noise(u, v, clouds.offset)
     from_sun = 0.25 if scene.elevation > 0.15 or scene.night else -0.25
     relief = noise - fractal_noise(u, v - np.float32(from_sun), clouds.offset, octaves=3)
+    noise = noise + 0.16 * detail.wisps(u, v, clouds.offset)
     # Towards the edges of the layer only the densest parts remain.
     threshold = 1.2 - 2.4 * clouds.cover + ((view.y[:, None] - clouds.centre) / clouds.spread) ** 2
     alpha = _smoothstep(0, 2 * clouds.softness, noise - threshold) * clouds.opacity
@@ -168,9 +179,19 @@ def _paint_range(image: Array, hills: Range, texture: Array, scene: Scene, view:
     ridge = _ridge(hills, view)
     slope = np.gradient(ridge, view.pixel) if len(ridge) > 1 else np.zeros_like(ridge)
     depth = view.y[:, None] - ridge
-    # Dividing by the length of the normal makes the edge one pixel wide on steep slopes too.
-    cover = np.clip(depth / (view.pixel * np.sqrt(1 + slope * slope)) + 0.5, 0, 1)
-    lit = _hillside_light(ridge, depth, texture, hills.offset % 2 == 1, scene, view)[..., None]
+    trees = scene.woods.height * (1 - 0.75 * hills.haze) * (hills.ruggedness < 0.5)
+    shown = detail.shown(trees, view.pixel)
+    if shown:
+        cover = _wooded(hills, trees * shown, scene, view)
+    else:
+        # Dividing by the length of the normal makes the edge one pixel wide on steep slopes too.
+        cover = np.clip(depth / (view.pixel * np.sqrt(1 + slope * slope)) + 0.5, 0, 1)
+    clear = 1 - 0.8 * hills.haze
+    rough = _roughness(hills, view)
+    if shown:
+        rough = detail.forest(0.5 * rough, view.x, view.y, ridge, trees * shown, scene.woods, hills.offset)
+    lit = _hillside_light(ridge, depth, texture, hills.offset % 2 == 1, scene, view)
+    lit = np.clip(lit + 0.25 * clear * rough, 0, 1)[..., None]
     zenith, middle, horizon, light = scene.palette
     day = float(np.interp(scene.elevation, (-1, -0.4, 0, 0.5), (0.16, 0.25, 0.55, 0.95)))
     shade = scene.ground * 0.3 * day + zenith * 0.06 + middle * 0.12 * day
@@ -182,10 +203,32 @@ def _paint_range(image: Array, hills: Range, texture: Array, scene: Scene, view:
         line = hills.base - (hills.height + hills.summit[1]) * (1 - hills.snow)
         shadow = 0.5 * air + 0.4 * middle
         white = shadow + ((0.2 + 0.8 * day**0.6) * (0.4 * light + 0.6) - shadow) * np.sqrt(lit)
-        edge = view.y[:, None] - line + 0.04 * texture
+        edge = view.y[:, None] - line + 0.04 * texture + 0.02 * rough
         _blend(colour, white, (1 - 0.35 * hills.haze) * _smoothstep(0.025, -0.025, edge))
     _blend(colour, 0.5 * air + 0.5 * horizon, hills.mist * _smoothstep(0.0, 0.22, depth))
     _blend(image, colour, cover)
+
+
+def _roughness(hills: Range, view: _View) -> Array:
+    """What a hillside is made of: crags, or grass."""
+    grass = 0.5 * detail.grass(view.x, view.y, 0.012 * (1.2 - hills.haze), hills.offset)
+    if not hills.ruggedness:
+        return grass
+    return grass + (detail.crags(view.x, view.y, hills.offset) - grass) * hills.ruggedness
+
+
+def _wooded(hills: Range, height: float, scene: Scene, view: _View) -> Array:
+    """How much of each pixel a range covers whose ridge is fringed with trees."""
+    woods, times = scene.woods, max(1, math.ceil(view.pixel / 0.0006))
+    fine = view.finer(times)
+    tops, _ = detail.treeline(fine.x, height, woods.cover, woods.rounded, hills.offset)
+    top = _ridge(hills, fine) - tops
+    cover = np.zeros((len(view.y), len(view.x)), np.float32)
+    first, last = (int(np.searchsorted(view.y, edge)) for edge in (top.min() - view.pixel, top.max() + view.pixel))
+    band = np.clip((view.y[first:last, None] - top) / view.pixel + 0.5, 0, 1)
+    cover[first:last] = band.reshape(last - first, len(view.x), times).mean(axis=2)
+    cover[last:] = 1
+    return cover
 
 
 def _paint_water(image: Array, scene: Scene, shore: float, view: _View) -> None:
@@ -201,6 +244,8 @@ def _paint_water(image: Array, scene: Scene, shore: float, view: _View) -> None:
     surface = _gaussian(view.x, view.x, np.full_like(view.x, 0.018)) @ surface
     # Equal steps of the logarithm are ripples that shrink towards the far shore.
     ripple = fractal_noise(3 * view.x, 8 * np.log(distance + 0.05), scene.offset, gain=0.6, octaves=6)
+    small = detail.waves(view.x, distance, scene.offset)
+    ripple = ripple + 0.8 * np.minimum(1, 14 * distance)[:, None] * small
     deep = 0.5 * scene.palette[0] + 0.1 * scene.palette[1]
     _blend(surface, deep, np.clip(0.12 + 0.6 * distance[:, None] + 0.07 * ripple, 0, 1))
     x, altitude, radius = scene.body

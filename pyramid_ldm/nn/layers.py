@@ -168,7 +168,10 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def build_norm(kind: str, channels: int) -> nn.Module:
-    """ "pixel": `PixelNorm`, which is local in space; "group": `group_norm`, which sees the whole image."""
+    """ "pixel": `PixelNorm`, which is local in space; "none": no norm; "group": `group_norm`, which sees the whole
+    image."""
+    if kind == "none":
+        return nn.Identity()
     return PixelNorm(channels) if kind == "pixel" else group_norm(channels)
 
 

@@ -23,7 +23,8 @@ class ResidualBlock(nn.Module):
         resample: halves or doubles the resolution of both paths (after the first SiLU, and of the shortcut).
         dropout: probability.
         spectral_norm: normalise every convolution and linear layer.
-        norm: "group", or "pixel", with which the block sees 5x5 pixels and no more.
+        norm: "group"; "pixel" or "none", with which the block sees 5x5 pixels and no more. Without norms the sum is
+            not divided by sqrt 2: features would fade, block by block.
         zero_init: the second convolution's output starts at zero.
     """
 
@@ -41,6 +42,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.resample = resample
+        self.rescale = norm != "none"
         self.norm1 = build_norm(norm, inputs)
         self.conv1 = conv2d(inputs, outputs, spectral_norm=spectral_norm)
         self.embedding = linear(embedding, outputs, spectral_norm=spectral_norm) if embedding else None
@@ -63,7 +65,8 @@ class ResidualBlock(nn.Module):
             assert embedding is not None
             h = h + self.embedding(F.silu(embedding))[:, :, None, None]
         h = self.conv2(self.dropout(norm_silu(self.norm2, h)))
-        return rescaled_sum(self.shortcut(x), h)
+        x = self.shortcut(x)
+        return rescaled_sum(x, h) if self.rescale else x + h
 
 
 class Resampling(nn.Module):
@@ -85,7 +88,7 @@ class Resampling(nn.Module):
         gathered: int = 1,
     ) -> None:
         super().__init__()
-        self.resample, self.gathered = resample, gathered
+        self.resample, self.gathered, self.rescale = resample, gathered, norm != "none"
         self.norm = build_norm(norm, inputs)
         self.conv = conv2d(inputs * gathered, outputs, spectral_norm=spectral_norm)
         self.shortcut = conv2d(inputs * gathered, outputs, 1, spectral_norm=spectral_norm) if residual else None
@@ -96,7 +99,7 @@ class Resampling(nn.Module):
             return h
         # On the way up the 1x1 convolution comes first, at a quarter of the positions.
         past = self.shortcut(self.resample(x)) if self.gathered > 1 else self.resample(self.shortcut(x))
-        return rescaled_sum(past, h)
+        return rescaled_sum(past, h) if self.rescale else past + h
 
 
 class TransformerBlock(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
@@ -14,7 +15,9 @@ from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
 from pyramid_ldm.data.batch import Batch
+from pyramid_ldm.nn.resample import bilinear_up
 from pyramid_ldm.pyramid import level_shapes, pyramid_noise
+from pyramid_ldm.randomness import uniform
 from pyramid_ldm.training.codebook import CodebookUse
 from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.log import Metrics
@@ -124,9 +127,10 @@ def accumulate(
     regions = None
     if train.regions:
         regions = Regions.draw(train.regions, train.region_size, config.image_size, config.seed, batch.positions)
+    kept, target = draw_levels(config, images, batch.positions)
     with runtime.autocast():
-        output = model(images, noise, regions)
-        target = images if regions is None else regions.cut(images)
+        output = model(images, noise, regions, kept)
+        target = target if regions is None else regions.cut(target)
         terms = state.loss.accumulate_gradients(
             output, target, state.autoencoder.decoder.last_weight, state.images_seen, scale
         )
@@ -139,6 +143,29 @@ def accumulate(
     if state.codebook is not None:
         state.codes_used.append(output.codebook_indices)
     return terms
+
+
+def draw_levels(config: AutoencoderTraining, images: Tensor, positions: list[int]) -> tuple[Tensor | None, Tensor]:
+    """(how many of the coarsest levels each image is decoded from, (B,), or None for all; what that is held against),
+    by position."""
+    train, levels = config.train, config.model.levels
+    if train.level_dropout == 0 or len(levels) == 1:
+        return None, images
+    draws = [(uniform(config.seed, "drop levels", p), uniform(config.seed, "levels", p)) for p in positions]
+    kept = [1 + int(u * (len(levels) - 1)) if drop < train.level_dropout else len(levels) for drop, u in draws]
+    target = images
+    if train.level_target == "low_pass":
+        low = [low_pass(image, levels[k - 1].factor) if k < len(levels) else image for image, k in zip(images.split(1), kept)]
+        target = torch.cat([part.view(1, *images.shape[1:]) for part in low])
+    return torch.tensor(kept, device=images.device), target
+
+
+def low_pass(images: Tensor, factor: int) -> Tensor:
+    """Means of blocks of factor x factor, enlarged as the decoder's RGB stream is."""
+    small = F.avg_pool2d(images, factor)
+    while factor > 1:
+        small, factor = bilinear_up(small), factor // 2
+    return small
 
 
 def follow_codes(config: AutoencoderTraining, state: State, batch: Batch, before: int, runtime: Runtime) -> None:

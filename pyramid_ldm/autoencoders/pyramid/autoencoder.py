@@ -126,14 +126,23 @@ class PyramidAutoencoder(nn.Module):
                 latents, _, _ = self.quantize(latents)
             return self.decoder.tiled(latents, tile)
 
-    def forward(self, image: Tensor, noise: Pyramid | None = None, regions: Regions | None = None) -> AutoencoderOutput:
-        """A training pass: encode, sample with `noise` (fresh if None) or quantise, decode (only `regions`)."""
+    def forward(
+        self,
+        image: Tensor,
+        noise: Pyramid | None = None,
+        regions: Regions | None = None,
+        kept: Tensor | None = None,
+    ) -> AutoencoderOutput:
+        """A training pass: encode, sample with `noise` (fresh if None) or quantise, decode (only `regions`); of each
+        image only the first `kept` (B,) of the levels, coarse to fine, zeros in place of the others."""
         posterior = self.encode(image)
         if self.quantizers:
             latents, loss, indices = self.quantize(posterior.mode())
         else:
             latents = posterior.sample(noise)
             loss, indices = latents[0].new_zeros(()), ()
+        if kept is not None:
+            latents = tuple(z * (kept > i)[:, None, None, None] for i, z in enumerate(latents))
         return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, indices)
 
     def compile(self, **options: Any) -> None:

@@ -114,7 +114,7 @@ class DecoderLevel(nn.Module):
         coarse_init: float,
     ) -> None:
         super().__init__()
-        self.local = norm == "pixel"
+        self.local = norm != "group"
         self.up = (
             Resampling(previous_width, width, UPSAMPLING[upsampling], residual=residual, norm=norm)
             if previous_width
