@@ -20,6 +20,8 @@ class Context:
     label: Tensor  # (B,): how noisy the pyramid is, in whatever measure the process chose
     sigma: Tensor  # (B,): noise over data, sigma / alpha
     condition: Condition = field(default_factory=Condition)
+    early: bool = False  # also what the network says on the way down, where it does, after its levels
+    guidance: float = 1.0  # how far to go from there to what it says in the end; beyond 1 to extrapolate
 
 
 class Network(Protocol):

@@ -99,7 +99,7 @@ class PyramidPipeline:
         *,
         seed: int = 0,
         first_index: int = 0,
-        solver: str = "rk45",
+        solver: str = "abm2",
         steps: int | None = None,
         rtol: float | None = None,
         atol: float | None = None,
@@ -171,6 +171,7 @@ class PyramidPipeline:
 
         def evaluate(noisy: Pyramid, context: Context) -> Pyramid:
             present = len(context.label)
+            context = replace(context, guidance=options.guidance)
             if self._compiled:  # for one batch size: fill up where samples have finished, or are few
                 noisy = tuple(_fill(level, rows) for level in noisy)
                 context = replace(context, label=_fill(context.label, rows), sigma=_fill(context.sigma, rows))

@@ -78,7 +78,7 @@ def device(request) -> torch.device:
 
 def tiny_autoencoder_config(image_size=(32, 32), levels=((16, 6), (8, 4)), **changes) -> AutoencoderConfig:
     """A few thousand parameters. `changes` are fields of AutoencoderConfig, or of its parts as part__field."""
-    depth = levels[0][0].bit_length()
+    depth = (levels[0][0] // changes.get("patch", 1)).bit_length()
     widths = [8, 8, 16, 16, 16, 16, 16, 16][:depth]
     parts = {
         "encoder": EncoderConfig(widths=widths),

@@ -1,6 +1,7 @@
 """The whole job through the demo, on few and small things."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -11,21 +12,20 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_demo_leaves_its_pictures_and_report_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "PHOTOGRAPHS", 16)
-    monkeypatch.setattr(demo, "SAMPLES", 4)
-    monkeypatch.setattr(demo, "STEPS", 4)
+    plan = replace(demo.PLANS["64x64"], photographs=16, samples=4, batch_size=4)
     for name, changes in (
-        ("AUTOENCODER", {"pictures: 16": "pictures: 2", "[8, 16, 32, 64, 96, 96, 96]": "[8, 8, 8, 8, 8, 8, 8]",
+        ("autoencoder", {"pictures: 16": "pictures: 2", "[8, 16, 32, 64, 96, 96, 96]": "[8, 8, 8, 8, 8, 8, 8]",
                          "[16, 32, 64, 96, 128, 128, 128]": "[8, 8, 8, 8, 8, 8, 8], branch_blocks: 1"}),
-        ("FLOW", {"pictures: 16": "pictures: 2", "[48, 96, 128, 128, 128]": "[16, 16, 16, 16, 16]",
+        ("flow", {"pictures: 16": "pictures: 2", "[48, 96, 128, 128, 128]": "[16, 16, 16, 16, 16]",
                   "precision:": "samples: {steps: 2}\nprecision:"}),
     ):  # fmt: skip
-        text = (ROOT / getattr(demo, name)).read_text()
+        text = (ROOT / getattr(plan, name)).read_text()
         for old, new in changes.items():
             assert old in text
             text = text.replace(old, new)
         (tmp_path / f"{name}.yaml").write_text(text)
-        monkeypatch.setattr(demo, name, str(tmp_path / f"{name}.yaml"))
+        plan = replace(plan, **{name: str(tmp_path / f"{name}.yaml")})
+    monkeypatch.setitem(demo.PLANS, "64x64", plan)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0
     said = capsys.readouterr().err

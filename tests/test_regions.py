@@ -22,6 +22,11 @@ CONFIGS = {
     "vq": {"levels": ((16, 4), (8, 4)), "latent": "vq", "codebook_size": 16},
     "group norms": {"levels": ((32, 6), (8, 4)), "attention__max_tokens": 16, "norm": "group"},
     "bilinear": {"levels": ((32, 6), (4, 4)), "attention__max_tokens": 16, "decoder__upsampling": "bilinear"},
+    "no norms": {"levels": ((32, 6), (4, 4)), "attention__max_tokens": 16, "norm": "none"},
+    "patches of two": {"levels": ((32, 6), (4, 4)), "attention__max_tokens": 16, "patch": 2},
+    "patches of four": {"levels": ((32, 6), (4, 4)), "attention__max_tokens": 0, "patch": 4, "norm": "none"},
+    "patches, bilinear": {"levels": ((16, 4), (8, 4)), "patch": 4, "decoder__upsampling": "bilinear"},
+    "patches without skips": {"levels": ((16, 4),), "attention__max_tokens": 32, "patch": 4, "skip": "none"},
     "one level": {"levels": ((1, 4),), "attention__max_tokens": 0},
 }
 ALL_GLOBAL = {"levels": ((8, 4),), "attention__max_tokens": 1 << 20}

@@ -102,11 +102,11 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
     tolerance = Number(float, 0.0, 1.0, open_low=True)
     parser.add_argument(
         "--solver",
-        default="rk45",
+        default="abm2",
         choices=["rk45", "dopri5", "euler", "ddim", "ancestral", "heun", "dpmpp_2m", "abm2"],
-        help="adaptive steps: rk45, dopri5; fixed steps: the others (default: rk45)",
+        help="adaptive steps: rk45, dopri5; fixed steps: the others (default: abm2)",
     )
-    parser.add_argument("--steps", type=whole(1, 10**6), help="of fixed steps, how many (default: 200)")
+    parser.add_argument("--steps", type=whole(1, 10**6), help="of fixed steps, how many (default: 20; 200 of euler, ddim and ancestral)")
     parser.add_argument(
         "--spacing",
         default="uniform",

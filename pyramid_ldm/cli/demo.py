@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -12,48 +13,68 @@ from pyramid_ldm.cli.common import Number, find_config, folder, quoted
 NAME = "demo"
 HELP = "the whole job on built-in landscapes, on a CPU in a few minutes (run again to resume)"
 EXAMPLE = "pyramid-ldm demo --out demo/"
-FULL_MINUTES = 8.0  # what the configs' image counts take on two cores
-PHOTOGRAPHS = 2000
-SAMPLES = 32
-STEPS = 100
-AUTOENCODER, FLOW = "autoencoder_configs/demo.yaml", "diffusion_configs/demo.yaml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job at one size."""
+
+    autoencoder: str  # configs
+    flow: str
+    minutes: float  # what their image counts take on two cores
+    photographs: int
+    samples: int
+    batch_size: int
+
+
+PLANS = {
+    "64x64": Plan("autoencoder_configs/demo.yaml", "diffusion_configs/demo.yaml", 8.0, 2000, 32, 32),
+    "1024x2048": Plan(
+        "autoencoder_configs/scapes2k_cpu.yaml", "diffusion_configs/scapes2k_cpu.yaml", 120.0, 600, 8, 4
+    ),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--out and --minutes."""
+    """--out, --size and --minutes."""
     parser.add_argument("--out", type=folder, default=Path("demo"), help="folder for everything (default: demo/)")
+    parser.add_argument(
+        "--size", choices=PLANS, default="64x64", help="of the landscapes, height x width (default: 64x64)"
+    )
     parser.add_argument(
         "--minutes",
         type=Number(float, 0.0, 10_000.0, open_low=True),
-        default=FULL_MINUTES,
-        help="scales how many images training sees; 8 takes about eight minutes on two cores (default: 8)",
+        help="scales how many images training sees (default: what takes about so many minutes on two cores: "
+        + ", ".join(f"{plan.minutes:g} for {size}" for size, plan in PLANS.items())
+        + ")",
     )
 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Whether it reached its end."""
     from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
-    from pyramid_ldm.demo.pictures import make_pictures, render_photographs
+    from pyramid_ldm.demo.photographs import render_photographs
+    from pyramid_ldm.demo.pictures import make_pictures
     from pyramid_ldm.ownership import claim
 
     claim(arguments.out, "demo", "--out")
-    out, scale = arguments.out, arguments.minutes / FULL_MINUTES
+    plan = PLANS[arguments.size]
+    out, scale = arguments.out, (arguments.minutes or plan.minutes) / plan.minutes
     began = time.monotonic()
     photographs, autoencoder, latents, flow = (out / name for name in ("photographs", "ae", "latents", "flow"))
-    stage_one = load_config(AutoencoderTraining, find_config(AUTOENCODER, "autoencoder_configs"), ["data.root=x"])
-    stage_two = load_config(FlowTraining, find_config(FLOW, "diffusion_configs"), ["data.shards=x"])
+    stage_one = load_config(AutoencoderTraining, find_config(plan.autoencoder, "autoencoder_configs"), ["data.root=x"])
+    stage_two = load_config(FlowTraining, find_config(plan.flow, "diffusion_configs"), ["data.shards=x"])
     images = [max(1, round(config.train.images * scale)) for config in (stage_one, stage_two)]
     size = stage_one.image_size
-    say(f"demo: {PHOTOGRAPHS} landscapes of {size[0]}x{size[1]} to {photographs}")
-    render_photographs(photographs, PHOTOGRAPHS, (size[0], size[1]))
+    say(f"demo: {plan.photographs} landscapes of {size[0]}x{size[1]} to {photographs}")
+    render_photographs(photographs, plan.photographs, (size[0], size[1]))
     steps: list[tuple[ModuleType, list[object]]] = [
-        (train_ae, [AUTOENCODER, f"data.root={photographs}", f"run_dir={autoencoder}",
+        (train_ae, [plan.autoencoder, f"data.root={photographs}", f"run_dir={autoencoder}",
                     f"train.images={images[0]}"]),
-        (encode, [autoencoder, "--data", photographs, "--out", latents, "--batch-size", 32]),
-        (train_flow, [FLOW, f"data.shards={latents}", f"run_dir={flow}",
+        (encode, [autoencoder, "--data", photographs, "--out", latents, "--batch-size", plan.batch_size]),
+        (train_flow, [plan.flow, f"data.shards={latents}", f"run_dir={flow}",
                       f"train.images={images[1]}"]),
-        (sample, [flow, "--num", SAMPLES, "--batch-size", SAMPLES, "--solver", "euler", "--steps", STEPS,
-                  "--out", out / "samples"]),
+        (sample, [flow, "--num", plan.samples, "--batch-size", plan.batch_size, "--out", out / "samples"]),
     ]  # fmt: skip
     for module, words in steps:
         text = [str(word) for word in words]

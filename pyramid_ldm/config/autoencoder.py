@@ -84,6 +84,8 @@ class AutoencoderConfig(Section):
     skip: str = key("res_skip", choices=("res_skip", "residual", "skip", "none"))  # PDM figure 4
     # pixel, none: local in space; group: of the whole image, and nothing can be decoded in part then.
     norm: str = key("pixel", choices=("pixel", "none", "group"))
+    # Pixels a side of the blocks that the encoder begins with and the decoder ends with; 1: the pixels themselves (PDM).
+    patch: int = key(1, at_least=1, at_most=16)
     encoder: EncoderConfig = key(EncoderConfig)
     decoder: DecoderConfig = key(DecoderConfig)
     attention: AttentionConfig = key(AttentionConfig)
@@ -104,18 +106,22 @@ class AutoencoderConfig(Section):
         self.image_size = image_size
         check_image_size(image_size)
         check_levels(self.levels, image_size)
-        depth = self.levels[0].factor.bit_length()
+        coarsest, finest = self.levels[0].factor, self.levels[-1].factor
+        require(
+            self.patch & (self.patch - 1) == 0 and self.patch <= finest,
+            f"model.patch is {self.patch}; choose a power of two up to the finest latent's factor, {finest}",
+        )
+        depth = (coarsest // self.patch).bit_length()
         for name, widths in (("encoder", self.encoder.widths), ("decoder", self.decoder.widths)):
             require(
                 len(widths) == depth,
-                f"model.{name}.widths has {len(widths)} entries; factors 1 to {self.levels[0].factor} need {depth}",
+                f"model.{name}.widths has {len(widths)} entries; factors {self.patch} to {coarsest} need {depth}",
             )
             require(all(w % 4 == 0 for w in widths), f"model.{name}.widths {widths}: multiples of 4 only")
         if self.attention.factors is None:
             height, width = image_size
-            self.attention.factors = [
-                1 << i for i in range(depth) if (height >> i) * (width >> i) <= self.attention.max_tokens
-            ]
+            factors = [self.patch << i for i in range(depth)]
+            self.attention.factors = [f for f in factors if height // f * (width // f) <= self.attention.max_tokens]
 
 
 class ImageDataConfig(Section):

@@ -23,6 +23,7 @@ class TrainConfig(Section):
     learning_rate: float = key(1e-4, above=0, at_most=100, may_change=True)
     warmup: int = key(0, at_least=0, at_most=MOST_IMAGES)  # images over which the rate rises linearly from 0
     decay: str = key("constant", choices=("constant", "cosine"))  # cosine: to 0 at train.images
+    optimizer: str = key("adam", choices=("adam", "muon"))  # muon: of matrices; the others still move by Adam
     beta1: float = key(0.9, at_least=0, below=1)
     beta2: float = key(0.999, at_least=0, below=1)
     gradient_clip: float = key(1.0, at_least=0)  # maximum norm; 0 turns it off

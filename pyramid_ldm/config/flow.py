@@ -47,6 +47,8 @@ class NCSNppConfig(Section):
     # decreasing: at the lowest resolution, linearly to 0 at the highest (PDM 3.3)
     dropout_schedule: str = key("decreasing", choices=("decreasing", "increasing", "uniform"))
     fourier_scale: float = key(16.0, above=0)  # of the time embedding
+    # Also predicts on the way down, so that sampling may extrapolate from there (internal guidance).
+    early: bool = key(False)
     fir_everywhere: bool = key(False)  # false: box and nearest re-sampling at 4x4 and below, where FIR loses signal
     checkpoint: bool = key(False, may_change=True)  # recompute blocks in the backward pass
 

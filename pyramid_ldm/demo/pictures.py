@@ -1,29 +1,32 @@
-"""The demo's landscapes, pictures and report."""
+"""The demo's pictures and report."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.data.folder import find_images, split_held_out
-from pyramid_ldm.data.images import to_tensor
+from pyramid_ldm.data.images import to_pil, to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.demo.report import Chart, Curve, Section, read_curve, write_report
-from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.evaluation.metrics import bicubic, psnr
 from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latents_sheet
-from pyramid_ldm.files import write_atomic, write_json
-from pyramid_ldm.ownership import claim
+from pyramid_ldm.files import write_json
 from pyramid_ldm.pictures import write_png
-from pyramid_ldm.pyramid import Pyramid
+from pyramid_ldm.pyramid import Pyramid, latent_values
 
-SCALE = 2  # pictures of pictures are enlarged by this
 SHOWN = 16  # held-out pairs, and samples with their neighbours
+LARGE = 256  # pixels of height: larger images are shown reduced, and in parts as they are
+SHOWN_IN_PARTS, PART = 4, 512  # how many, and pixels a side
+COMPARED = 64  # pixels of height at which images are compared with each other
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,6 @@ class Figures:
     held_out_nearest: float  # the same for held-out images: what "not a copy" looks like
 
 
-def render_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """Landscapes 0 to `count` - 1 as PNGs; those already there are kept."""
-    claim(folder, "photographs", "--out")
-    for index in range(count):
-        path = folder / f"{index:05d}.png"
-        if not path.exists():
-            image = Image.fromarray(render_landscape(index, *size))
-            write_atomic(path, lambda temporary, image=image: image.save(temporary, format="PNG"))  # type: ignore[misc]
-
-
 def nearest_neighbours(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     """For each query (N, 3, H, W): index of the candidate of least mean absolute difference, and that difference in
     levels of 255."""
@@ -58,34 +51,66 @@ def nearest_neighbours(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Ten
 @torch.inference_mode()
 def make_pictures(out: Path, seconds: float) -> Figures:
     """samples.png, reconstructions.png, latents.png and report.html in `out`, from what the commands left there."""
-    autoencoder = PyramidAutoencoder.from_pretrained(out / "ae")
-    config = autoencoder.config
+    autoencoder = PyramidAutoencoder.from_pretrained(out / "ae").to(memory_format=torch.channels_last)
+    height, width = autoencoder.image_size
+    large = height > LARGE
+    scale = 0.25 if large else 2.0  # of pictures of pictures
+    values = latent_values(autoencoder.levels, (height, width))
     train, held_out = split_held_out(find_images(out / "photographs"), 0.05)
-    size = (config.image_size[0], config.image_size[1])
-    images = torch.stack([load_crop(file.path, size) for file in held_out])
-    latents = autoencoder.encode(images).mode()
-    decoded = autoencoder.decode(latents).clamp(-1, 1)
-    values = sum(level[0].numel() for level in latents)
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []  # original, reconstruction, thumbnail
+    figures: list[tuple[float, float]] = []
+    latents: list[Pyramid] = []
+    for file in held_out:
+        image = load_crop(file.path, (height, width))[None]
+        latents.append(autoencoder.encode(image).mode())
+        decoded, reduced = autoencoder.decode_tiled(latents[-1]).clamp(-1, 1), bicubic(image, values)
+        figures.append((float(psnr(decoded, image)), float(psnr(reduced, image))))
+        if len(shown) < (SHOWN_IN_PARTS if large else SHOWN):
+            shown.append((image[0], decoded[0], reduced[0]))
 
-    pictures = [Image.open(path).convert("RGB") for path in sorted((out / "samples").glob("seed*.png"))]
-    samples = torch.stack([to_tensor(picture) for picture in pictures])
-    training = torch.stack([to_tensor(Image.open(file.path).convert("RGB")) for file in train])
+    drawn = sorted((out / "samples").glob("seed*.png"))
+    samples, training, unseen = (
+        torch.stack([thumbnail(path) for path in paths])
+        for paths in (drawn, [file.path for file in train], [file.path for file in held_out])
+    )
     index, distance = nearest_neighbours(samples, training)
-    figures = Figures(
-        psnr=float(psnr(decoded, images).mean()),
-        bicubic_psnr=float(psnr(bicubic(images, values), images).mean()),
+    found = Figures(
+        psnr=mean(ours for ours, _ in figures),
+        bicubic_psnr=mean(theirs for _, theirs in figures),
         ratio=autoencoder.compression_ratio(),
         nearest=float(distance.mean()),
-        held_out_nearest=float(nearest_neighbours(images, training)[1].mean()),
+        held_out_nearest=float(nearest_neighbours(unseen, training)[1].mean()),
     )
-    save(out / "samples.png", enlarge(grid(pictures, columns=8)))
-    save(out / "reconstructions.png", enlarge(comparison_grid(images[:SHOWN], decoded[:SHOWN])))
-    save(out / "neighbours.png", enlarge(comparison_grid(samples[:SHOWN], training[index[:SHOWN]])))
-    means: Pyramid = tuple(level.mean(dim=(0, 2, 3), keepdim=True) for level in latents)
-    save(out / "latents.png", latents_sheet(autoencoder, images[most_varied(images)], means, scale=SCALE))
-    write_json(out / "figures.json", {"kind": "demo", **vars(figures)})
-    report(out, figures, seconds)
-    return figures
+    save(out / "samples.png", grid([resized(Image.open(path).convert("RGB"), scale) for path in drawn]))
+    originals, decodings, _ = (torch.stack(images) for images in zip(*shown, strict=True))
+    sheet = parts_sheet(shown) if large else resized(comparison_grid(originals, decodings), scale)
+    save(out / "reconstructions.png", sheet)
+    save(out / "neighbours.png", resized(comparison_grid(samples[:SHOWN], training[index[:SHOWN]]), 2.0))
+    means: Pyramid = tuple(torch.cat(level).mean(dim=(0, 2, 3), keepdim=True) for level in zip(*latents, strict=True))
+    save(out / "latents.png", latents_sheet(autoencoder, originals[most_varied(originals)], means, scale=scale))
+    write_json(out / "figures.json", {"kind": "demo", **vars(found)})
+    report(out, found, seconds)
+    return found
+
+
+def thumbnail(path: str | Path) -> Tensor:
+    """An image as small as it is compared with others, (3, h, w) in [-1, 1]."""
+    with Image.open(path) as image:
+        size = round(image.width * COMPARED / image.height), COMPARED
+        image.draft("RGB", size)
+        picture = image.convert("RGB")
+    return to_tensor(picture if picture.size == size else picture.resize(size, Image.Resampling.BOX))
+
+
+def parts_sheet(shown: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Image.Image:
+    """Of each (original, reconstruction, thumbnail), (3, H, W), the part with the most detail, pixel for pixel."""
+    rows = []
+    for images in shown:
+        change = (images[0][:, 1:, 1:] - images[0][:, :-1, :-1]).abs().mean(dim=0)[None]
+        detail = F.avg_pool2d(change, PART - 1, stride=PART // 8)[0]
+        top, left = (int(place) * (PART // 8) for place in divmod(int(detail.argmax()), detail.shape[1]))
+        rows += [to_pil(image[:, top : top + PART, left : left + PART]) for image in images]
+    return grid(rows, columns=3)
 
 
 def most_varied(images: Tensor) -> int:
@@ -93,9 +118,10 @@ def most_varied(images: Tensor) -> int:
     return int(images.flatten(1).std(dim=1).argmax())
 
 
-def enlarge(image: Image.Image) -> Image.Image:
+def resized(image: Image.Image, scale: float) -> Image.Image:
     """For looking at."""
-    return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.BICUBIC)
+    method = Image.Resampling.BICUBIC if scale > 1 else Image.Resampling.LANCZOS
+    return image.resize((round(image.width * scale), round(image.height * scale)), method)
 
 
 def save(path: Path, image: Image.Image) -> None:
@@ -119,7 +145,8 @@ def report(out: Path, figures: Figures, seconds: float) -> None:
         ),
         Section(
             "Reconstructions",
-            "Held-out landscapes (upper rows) and what the autoencoder makes of their latents (below each).",
+            "Held-out landscapes, and what the autoencoder makes of their latents: below each, or, of large ones, "
+            "the parts with the most detail, pixel for pixel; at the right bicubic thumbnails of as many values.",
             out / "reconstructions.png",
             {
                 "Held-out PSNR": f"{figures.psnr:.1f} dB",

@@ -55,12 +55,12 @@ def latent_contributions(
     return autoencoder.decode(latents), only, without
 
 
-def latents_sheet(autoencoder: Autoencoder, image: Tensor, replacement: Pyramid, scale: int = 1) -> Image.Image:
+def latents_sheet(autoencoder: Autoencoder, image: Tensor, replacement: Pyramid, scale: float = 1) -> Image.Image:
     """PDM figure 7 for one image (3, H, W): the whole reconstruction at the left; row 1 from only one latent, row 2
     from all but one, the latent's resolution under each."""
     latents = autoencoder.encode(image[None]).mode()
     whole, only, without = latent_contributions(autoencoder, latents, replacement)
-    width, height = image.shape[2] * scale, image.shape[1] * scale
+    width, height = round(image.shape[2] * scale), round(image.shape[1] * scale)
     margin, label = 6, 18
     columns = len(only) + 1
     sheet = Image.new("RGB", (columns * (width + margin) + margin, 2 * (height + label + margin) + margin), PAPER)

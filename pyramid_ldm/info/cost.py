@@ -32,6 +32,7 @@ from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, Pyramid, latent_values, level_shapes
 from pyramid_ldm.training import autoencoder_state, flow_state
 from pyramid_ldm.training.log import Metrics
+from pyramid_ldm.training.optimizer import Optimizer
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.step import take_step
 
@@ -129,7 +130,7 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
             gan = config.loss.gan
             state.images_seen = gan.start + gan.disc_warmup + gan.ramp + train.batch_size
             state.loss.adaptive.value = 1.0
-            trained: list[tuple[nn.Module, torch.optim.Optimizer]] = [(state.autoencoder, state.optimizer)]
+            trained: list[tuple[nn.Module, Optimizer]] = [(state.autoencoder, state.optimizer)]
             if state.discriminator is not None and state.disc_optimizer is not None:
                 trained.append((state.discriminator, state.disc_optimizer))
             for network, optimizer in trained:
@@ -193,7 +194,7 @@ def estimate_flow(
         )
 
 
-def _pretend_step(network: nn.Module, optimizer: torch.optim.Optimizer, accumulate: int, runtime: Runtime) -> None:
+def _pretend_step(network: nn.Module, optimizer: Optimizer, accumulate: int, runtime: Runtime) -> None:
     """As after a first step: the optimizer has its states; gradients of another micro-batch wait if there are any."""
 
     def fill() -> None:

@@ -123,10 +123,17 @@ class LevelBranch(nn.Module):
         self.enter = _Blocks([width] * depth, width, make, attention=attention)
         self.leave = _Blocks([width] * depth, width, make, attention=attention)
         self.head = Head(width, channels)
+        self.early = Head(width, channels) if make.config.early else None
 
     def features(self, latent: Tensor, embedding: Tensor) -> Tensor:
         """What is added to the backbone on the way down."""
         out: Tensor = self.enter(self.input(latent), embedding)
+        return out
+
+    def predict_early(self, backbone: Tensor) -> Tensor:
+        """This level's prediction, from the backbone on the way down."""
+        assert self.early is not None
+        out: Tensor = self.early(backbone)
         return out
 
     def leave_backbone(self, backbone: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
@@ -145,6 +152,7 @@ class DownLevel(nn.Module):
         n = make.config.blocks
         self.blocks = _Blocks([width_in] + [width] * (n - 1), width, make, attention=[make.has_attention] * n)
         self.down = make.block(width, width, down) if down else None
+        self.early = Head(width, latent_channels) if make.config.early else None
         self.combine = conv2d(latent_channels, width, 1, spectral_norm=make.config.spectral_norm) if down else None
 
 
@@ -230,7 +238,11 @@ class PyramidNCSNpp(nn.Module):
         return plain if small and not self.config.fir_everywhere else fir
 
     def forward(self, latents: Pyramid, context: Context) -> Pyramid:
-        """Noisy latents (B, C_i, H/f_i, W/f_i), coarse to fine -> predictions of the same shapes."""
+        """Noisy latents (B, C_i, H/f_i, W/f_i), coarse to fine -> predictions of the same shapes; with `context.early`,
+        those of the way down after them, where there are any."""
+        early = self.config.early and (context.early or context.guidance != 1)
+        said: dict[int, Tensor] = {}  # on the way down, by factor
+        additions: list[Tensor] = []  # to what it says there of the finest level, fine to coarse
         embedding = self.time(context.label)
         by_factor = dict(zip((level.factor for level in self.levels), latents, strict=True))
         entered = {
@@ -246,6 +258,10 @@ class PyramidNCSNpp(nn.Module):
                 if n == 0 and factor in entered:
                     h = rescaled_sum(h, entered[factor])
                 stored.append(h)
+            if early and level.early is not None:
+                additions.append(level.early(h))
+                if factor in entered:
+                    said[factor] = self._branch(factor).predict_early(h)
             if level.down is not None and level.combine is not None:
                 image = self.downs[i](image)
                 h = level.down(h, embedding) + level.combine(image)
@@ -267,7 +283,17 @@ class PyramidNCSNpp(nn.Module):
                 h = rise.up(h, embedding)
         assert finest is not None
         predictions[self.levels[-1].factor] = finest
-        return tuple(predictions[level.factor] for level in self.levels)
+        found = tuple(predictions[level.factor] for level in self.levels)
+        if not early:
+            return found
+        finest = additions.pop()
+        for i in reversed(range(len(additions))):
+            finest = self.ups[i](finest) + additions[i]
+        said[self.levels[-1].factor] = finest
+        before = tuple(said[level.factor] for level in self.levels)
+        if context.early:
+            return found + before
+        return tuple(torch.lerp(a.float(), b.float(), context.guidance) for a, b in zip(before, found, strict=True))
 
     def _branch(self, factor: int) -> LevelBranch:
         branch = self.branches[str(factor)]

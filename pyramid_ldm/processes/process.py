@@ -8,7 +8,7 @@ log-SNR, log(alpha^2 / sigma^2), by 2 log s (simple diffusion, section 3.2; Laye
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from pyramid_ldm.pyramid import Pyramid, sinc_shared
 
 SPACINGS = ("uniform", "cosine", "karras")
 FAINTEST = -6.0  # log-SNR
+EARLY_WEIGHT = 0.5  # of the error of what a network says on the way down
 RHO = 7.0  # Karras et al. 2022, equation 5
 
 
@@ -204,7 +205,9 @@ class Process(ABC):
         noise = self.correlated(noise)
         alphas, sigmas = self.all_coefficients(t, len(data))
         noisy = self.interpolate(data, noise, t)
-        output = self._evaluate(network, noisy, alphas, sigmas, self.context(noisy, t, condition or Condition()))
+        context = replace(self.context(noisy, t, condition or Condition()), early=True)
+        output = self._evaluate(network, noisy, alphas, sigmas, context)
+        output, early = output[: len(data)], output[len(data) :]
         kind = self.error or self.prediction
         found = output
         if kind != self.prediction:
@@ -213,7 +216,13 @@ class Process(ABC):
         errors = torch.stack([self._mean_square(a - b) for a, b in zip(target, found, strict=True)])  # (levels, B)
         weights = one_a_level("level_weights", self.level_weights, len(data))
         levels = errors.mean(dim=1)
-        return Loss((levels.new_tensor(weights) * levels).sum(), levels.detach())
+        total = (levels.new_tensor(weights) * levels).sum()
+        if early:
+            if kind != self.prediction:
+                early = self._prediction(early, noisy, alphas, sigmas).read(kind)
+            errors = torch.stack([self._mean_square(a - b) for a, b in zip(target, early, strict=True)])
+            total = total + EARLY_WEIGHT * (levels.new_tensor(weights) * errors.mean(dim=1)).sum()
+        return Loss(total, levels.detach())
 
     def _mean_square(self, error: Tensor) -> Tensor:
         """(B, C, H, W) -> (B,)."""

@@ -21,6 +21,7 @@ from pyramid_ldm.randomness import uniform
 from pyramid_ldm.training.codebook import CodebookUse
 from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.log import Metrics
+from pyramid_ldm.training.optimizer import Optimizer, build_optimizer
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.schedule import due
 from pyramid_ldm.training.step import NonFinite
@@ -34,7 +35,7 @@ class State:
 
     autoencoder: PyramidAutoencoder
     discriminator: PatchDiscriminator | None
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     disc_optimizer: torch.optim.Optimizer | None
     ema: PowerEma
     loss: AutoencoderLoss
@@ -99,7 +100,7 @@ def build_state(config: AutoencoderTraining, device: torch.device, build: Build 
     return State(
         autoencoder,
         discriminator,
-        torch.optim.Adam(autoencoder.parameters(), lr=train.learning_rate, betas=betas, fused=fused),
+        build_optimizer(autoencoder, train, device),
         disc_optimizer,
         PowerEma(autoencoder, config.ema.widths),
         AutoencoderLoss(loss_config, perceptual, discriminator),

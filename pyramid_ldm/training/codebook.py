@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pyramid_ldm.pyramid import Pyramid
 from pyramid_ldm.randomness import generator
 from pyramid_ldm.training.ema import PowerEma
+from pyramid_ldm.training.optimizer import Optimizer
 from pyramid_ldm.training.runtime import Runtime
 
 
@@ -63,7 +64,7 @@ class CodebookUse:
         latents: Pyramid,
         images_seen: int,
         seed: int,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         ema: PowerEma,
         prefix: str,
         runtime: Runtime,

@@ -6,6 +6,7 @@ from torch import nn
 from pyramid_ldm.config.common import TrainConfig
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.training.log import Metrics
+from pyramid_ldm.training.optimizer import Optimizer
 from pyramid_ldm.training.runtime import Runtime
 
 
@@ -21,14 +22,14 @@ def rounding_note(images: int, total: int) -> str:
     return f"train.images={images} is rounded up to {total}, a whole number of steps; so is every interval\n"
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """The same rate for every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 def take_step(
-    optimizer: torch.optim.Optimizer, model: nn.Module, clip: float, runtime: Runtime, metrics: Metrics, name: str
+    optimizer: Optimizer, model: nn.Module, clip: float, runtime: Runtime, metrics: Metrics, name: str
 ) -> bool:
     """Clips, steps and clears the gradients; skips the step on every process if the norm is not finite on one."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoders.posterior import DiagonalGaussian
-from pyramid_ldm.autoencoders.pyramid.decoder import PyramidDecoder
+from pyramid_ldm.autoencoders.pyramid.decoder import DecoderLevel, PyramidDecoder
 from pyramid_ldm.autoencoders.pyramid.encoder import PyramidEncoder
 from pyramid_ldm.autoencoders.pyramid.regions import Region, Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig
@@ -45,6 +45,7 @@ class PyramidAutoencoder(nn.Module):
             moments=2 if config.latent == "kl" else 1,
             blocks=config.encoder.blocks,
             skip=config.skip,
+            patch=config.patch,
             image_patch=config.encoder.image_patch,
             norm=config.norm,
             pooling=config.encoder.pooling,
@@ -72,6 +73,7 @@ class PyramidAutoencoder(nn.Module):
             zero_init=config.decoder.zero_init,
             coarse_init=config.decoder.coarse_init,
             norm=config.norm,
+            patch=config.patch,
             checkpoint_factors=config.checkpoint_factors,
         )
         self.quantizers = nn.ModuleList()
@@ -149,7 +151,7 @@ class PyramidAutoencoder(nn.Module):
         """Compiles in place, a part at a time: where windows are cut changes with every region, and stays outside."""
         for level in self.encoder.levels:
             level.compile(**options)
-        for level in self.decoder.levels:
+        for level in filter(lambda level: isinstance(level, DecoderLevel), self.decoder.levels):
             for part in (level.up, level.branch, level.blocks):
                 if isinstance(part, nn.Module):
                     part.compile(**options)

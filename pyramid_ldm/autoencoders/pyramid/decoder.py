@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,17 +70,18 @@ class TransformerBranch(nn.Module):
 
 
 class ToRGB(nn.Module):
-    """Features to an addition to the RGB stream: norm, SiLU, 1x1 convolution (the output skip).
+    """Features to an addition to the RGB stream: norm, SiLU, 1x1 convolution (the output skip); with `patch` above 1, to
+    that of the patch x patch pixels that a position covers.
 
     `features` runs inside a level, `forward` outside, so that asking for the gradient of the last convolution alone
     recomputes no checkpointed level. The convolution and the stream are float32: bfloat16 has eight bits of mantissa,
     which would band a clear sky.
     """
 
-    def __init__(self, width: int, norm: str = "pixel") -> None:
+    def __init__(self, width: int, norm: str = "pixel", patch: int = 1) -> None:
         super().__init__()
         self.norm = build_norm(norm, width)
-        self.conv = float32_conv2d(width, 3, 1)
+        self.conv = float32_conv2d(width, 3 * patch**2, 1)
         with torch.no_grad():
             self.conv.weight.mul_(0.1)  # RGB is summed over every resolution: start near grey, not with 1.5 of noise
 
@@ -112,6 +114,7 @@ class DecoderLevel(nn.Module):
         upsampling: str,
         zero_init: bool,
         coarse_init: float,
+        patch: int,
     ) -> None:
         super().__init__()
         self.local = norm != "group"
@@ -131,7 +134,7 @@ class DecoderLevel(nn.Module):
             self.blocks.append(
                 build_attention(attention, width, head_channels=head_channels, softmax_tokens=softmax_tokens)
             )
-        self.to_rgb = ToRGB(width, norm) if rgb_leaves else None
+        self.to_rgb = ToRGB(width, norm, patch) if rgb_leaves else None
 
     @property
     def reach(self) -> int | None:
@@ -158,12 +161,26 @@ class DecoderLevel(nn.Module):
         return h, None if self.to_rgb is None else self.to_rgb.features(h)
 
 
+class ShuffleLevel(nn.Module):
+    """A resolution finer than the patches that the decoder ends with: their pixels are spread out, nothing is
+    computed."""
+
+    reach = 0
+    to_rgb = nn.Identity()
+
+    def forward(self, h: Tensor, latent: None, step: Step | None) -> tuple[Tensor, Tensor | None]:
+        """(3 p^2 values a position) -> (3 p^2 / 4 values twice as fine, the same where these are pixels)."""
+        h = F.pixel_shuffle(h, 2) if step is None else step.above(F.pixel_shuffle(step.below(h), 2))
+        return h, h if h.shape[1] == 3 else None
+
+
 class PyramidDecoder(nn.Module):
     """Each latent passes its own branch and is added to the backbone at its resolution; no spectral norm.
 
     Args:
-        widths: channels at factor 1, 2, 4, ... down to the coarsest latent.
+        widths: channels at factor `patch`, 2 `patch`, ... down to the coarsest latent.
         levels: the latents, coarse to fine.
+        patch: pixels a side of the blocks that the finest level says at once, every pixel a channel.
         blocks: residual blocks (each with attention where `attention_factors` says) a resolution.
         branch: "residual" or "vit", `branch_blocks` deep.
         skip: "skip" and "res_skip" sum RGB over resolutions, rgb = upsample(rgb) + to_rgb(h); "residual" and
@@ -194,11 +211,12 @@ class PyramidDecoder(nn.Module):
         upsampling: str = "nearest",
         zero_init: bool = True,
         coarse_init: float = 0.1,
+        patch: int = 1,
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
         channels = {level.factor: level.channels for level in levels}
-        factors = [1 << i for i in reversed(range(len(widths)))]  # coarse to fine, as the latents
+        factors = [patch << i for i in reversed(range(len(widths)))]  # coarse to fine, as the latents
         rates = dropout_schedule(len(factors), dropout)
 
         def build_branch(factor: int, width: int, kind: str, rate: float) -> nn.Module | None:
@@ -225,12 +243,13 @@ class PyramidDecoder(nn.Module):
         self.margin = 1 if upsampling == "bilinear" else 0  # see `plan`
         self.checkpoint_factors = frozenset(checkpoint_factors)
         self.levels = nn.ModuleList()
-        for factor, width, rate in zip(factors, reversed(widths), rates, strict=True):
+        finer = list(widths)  # than the level at hand
+        for factor, rate in zip(factors, rates, strict=True):
             kind = attention if factor in attention_factors else "none"
-            coarsest = factor == factors[0]
+            previous, width = None if factor == factors[0] else width, finer.pop()
             self.levels.append(
                 DecoderLevel(
-                    None if coarsest else widths[factor.bit_length()],
+                    previous,
                     width,
                     branch=build_branch(factor, width, kind, rate),
                     blocks=blocks,
@@ -238,20 +257,23 @@ class PyramidDecoder(nn.Module):
                     head_channels=head_channels,
                     softmax_tokens=softmax_tokens,
                     dropout=rate,
-                    rgb_leaves=factor == 1 or skip in ("skip", "res_skip"),
+                    rgb_leaves=factor == patch or skip in ("skip", "res_skip"),
                     residual=skip in ("residual", "res_skip"),
                     norm=norm,
                     upsampling=upsampling,
                     zero_init=zero_init,
                     coarse_init=coarse_init,
+                    patch=patch if factor == patch else 1,
                 )
             )
+        while factors[-1] > 1:
+            factors.append(factors[-1] // 2)
+            self.levels.append(ShuffleLevel())
 
     @property
     def last_weight(self) -> nn.Parameter:
         """The finest `to_rgb` weight, where the adaptive GAN weight compares gradients."""
-        finest = self.levels[-1]
-        assert isinstance(finest, DecoderLevel)
+        finest = next(level for level in reversed(self.levels) if isinstance(level, DecoderLevel))
         assert finest.to_rgb is not None
         weight = finest.to_rgb.conv.weight
         assert isinstance(weight, nn.Parameter)
@@ -345,6 +367,9 @@ class PyramidDecoder(nn.Module):
                 rgb = bilinear_up(rgb) if step is None else step.above(bilinear_up(step.below(rgb)))
             if features is not None and level.to_rgb is not None:
                 addition = level.to_rgb(features)
-                rgb = addition if rgb is None else rgb + addition
+                if addition.shape[1] > 3:  # patches, for the levels that spread them out
+                    h = addition
+                else:
+                    rgb = addition if rgb is None else rgb + addition
         assert h is not None, "there is at least one level"
         return h, rgb

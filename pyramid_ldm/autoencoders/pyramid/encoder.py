@@ -104,11 +104,12 @@ class PyramidEncoder(nn.Module):
     """No branches; one residual block a resolution and, where `attention_factors` says, linear attention.
 
     Args:
-        widths: channels at factor 1, 2, 4, ... down to the coarsest latent.
+        widths: channels at factor `patch`, 2 `patch`, ... down to the coarsest latent.
         levels: the latents, coarse to fine.
         moments: values per latent channel (2: mean and log-variance; 1: the latent itself).
         skip: "skip" and "res_skip" let the pooled image in at every resolution through a 1x1 `from_rgb`;
             "residual" and "res_skip" put a shortcut around every re-sampling (PDM figure 4).
+        patch: pixels a side of the blocks whose pixels the first convolution sees as channels.
         image_patch: how many times finer, each way, than its level the image is that a `from_rgb` sees, blocks of its
             pixels as channels; 1: one pooled pixel a position (PDM, StyleGAN2).
         norm: "pixel" or "group".
@@ -125,6 +126,7 @@ class PyramidEncoder(nn.Module):
         moments: int,
         blocks: int = 1,
         skip: str = "res_skip",
+        patch: int = 1,
         image_patch: int = 4,
         norm: str = "pixel",
         pooling: str = "average",
@@ -138,21 +140,23 @@ class PyramidEncoder(nn.Module):
     ) -> None:
         super().__init__()
         channels = {level.factor: level.channels for level in levels}
-        self.stem = conv2d(3, widths[0], spectral_norm=spectral_norm)
+        factors = [patch << i for i in range(len(widths))]
+        self.stem = conv2d(3 * patch**2, widths[0], spectral_norm=spectral_norm)
         enters = skip in ("skip", "res_skip")
         # At most the image itself; 1 where no from_rgb would look.
-        self.patches = [min(image_patch, 1 << i) if enters else 1 for i in range(len(widths))]
-        self.checkpointed = [1 << i in checkpoint_factors for i in range(len(widths))]
+        self.patches = [patch, *(min(image_patch, factor) if enters else 1 for factor in factors[1:])]
+        self.patch = patch
+        self.checkpointed = [factor in checkpoint_factors for factor in factors]
         self.levels = nn.ModuleList(
             EncoderLevel(
                 width,
                 blocks=blocks,
-                attention=attention if 1 << i in attention_factors else "none",
+                attention=attention if factors[i] in attention_factors else "none",
                 head_channels=head_channels,
                 softmax_tokens=softmax_tokens,
                 spectral_norm=spectral_norm,
                 image_channels=3 * self.patches[i] ** 2 if i > 0 and enters else 0,
-                latent_channels=channels.get(1 << i, 0),
+                latent_channels=channels.get(factors[i], 0),
                 moments=moments,
                 next_width=widths[i + 1] if i + 1 < len(widths) else None,
                 residual=skip in ("residual", "res_skip"),
@@ -166,10 +170,10 @@ class PyramidEncoder(nn.Module):
     def forward(self, image: Tensor) -> Pyramid:
         """(B, 3, H, W) in [-1, 1] -> moments of each latent level, coarse to fine, (B, moments * C_i, H/f_i, W/f_i)."""
         found = []
-        h, finer = self.stem(image), 1  # how many times finer than the level `image` is
+        h, finer = self.stem(F.pixel_unshuffle(image, self.patch)), self.patch  # times finer than the level `image` is
         for level, patch, recompute in zip(self.levels, self.patches, self.checkpointed, strict=True):
-            if finer > patch:
-                image, finer = box_down(image), patch
+            while finer > patch:
+                image, finer = box_down(image), finer // 2
             seen = F.pixel_unshuffle(image, patch)
             if recompute and torch.is_grad_enabled():
                 moments, h = checkpoint(level, h, seen, use_reentrant=False)

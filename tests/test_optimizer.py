@@ -1,0 +1,112 @@
+"""Muon beside torch's own, and Adam for the rest."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_network
+from torch import nn
+
+from pyramid_ldm.config.common import TrainConfig
+from pyramid_ldm.training.optimizer import Muon, build_optimizer
+
+RATE = 3e-3
+
+
+def model(layout=torch.channels_last) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(8, 40, 3), nn.Conv2d(40, 48, 1), nn.Flatten(), nn.Linear(48, 32), nn.Linear(32, 4))
+    return layers.to(memory_format=layout)
+
+
+def loss(network: nn.Module, step: int) -> torch.Tensor:
+    torch.manual_seed(step)
+    return network(torch.randn(6, 8, 3, 3)).square().mean()
+
+
+def trained(network: nn.Module, optimizer, first=0, steps=3) -> dict[str, torch.Tensor]:
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss(network, step).backward()
+        optimizer.step()
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adam(layout):
+    """The oracle trains a copy whose matrices are (outputs, inputs * 9) parameters of their own."""
+    network = model(layout)
+    found = trained(network, Muon(network, RATE, (0.9, 0.99), fused=True))
+
+    oracle = model(layout)
+    matrices = {"0.weight": 40, "1.weight": 48, "3.weight": 32}  # 4.weight has too few rows
+    flat = {
+        name: nn.Parameter(p.detach().permute(0, 2, 3, 1).flatten(1).clone() if p.ndim == 4 else p.detach().clone())
+        for name, p in oracle.named_parameters()
+        if name in matrices
+    }
+    muon = torch.optim.Muon(flat.values(), lr=RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.Adam([p for n, p in oracle.named_parameters() if n not in flat], lr=RATE, betas=(0.9, 0.99))
+    for step in range(3):
+        oracle.zero_grad()
+        loss(oracle, step).backward()
+        for name, p in oracle.named_parameters():
+            if name in flat:
+                flat[name].grad = p.grad.permute(0, 2, 3, 1).flatten(1) if p.ndim == 4 else p.grad.clone()
+        muon.step()
+        adam.step()
+        with torch.no_grad():
+            for name, p in oracle.named_parameters():
+                if name in flat:
+                    new = flat[name].unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2) if p.ndim == 4 else flat[name]
+                    p.copy_(new)
+    for name, p in oracle.named_parameters():
+        # A permutation of columns permutes the orthogonal matrix; sums in bfloat16 run in another order.
+        torch.testing.assert_close(found[name], p.detach(), atol=0.1 * RATE, rtol=0, msg=name)
+
+
+def test_a_step_has_orthogonal_rows_of_adams_size():
+    network = model()
+    before = network[3].weight.detach().clone()
+    optimizer = Muon(network, RATE, (0.9, 0.99), fused=False)
+    network[3].weight.grad = torch.randn_like(before)
+    optimizer.step()
+    step = (network[3].weight.detach() - before) / (RATE * 0.2 * 48**0.5)
+    singular = torch.linalg.svdvals(step)
+    assert 0.5 < singular.min() < singular.max() < 1.3, "five Newton-Schulz steps: all about 1"
+
+
+def test_it_goes_on_where_it_was_saved():
+    network = model()
+    optimizer = Muon(network, RATE, (0.9, 0.99), fused=True)
+    trained(network, optimizer)
+    kept, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(network.state_dict())
+    expected = trained(network, optimizer, first=3)
+    other = model()
+    again = Muon(other, RATE, (0.9, 0.99), fused=True)
+    other.load_state_dict(weights)
+    again.load_state_dict(kept)
+    found = trained(other, again, first=3)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_small_matrices_embeddings_and_gains_stay_with_adam():
+    network = nn.ModuleList([nn.Embedding(64, 64), nn.Conv2d(3, 64, 3), nn.Conv2d(64, 3, 3), nn.GroupNorm(4, 64), nn.Linear(32, 32)])
+    optimizer = Muon(network, RATE, (0.9, 0.99), fused=True)
+    assert [p for p, _ in optimizer.pairs] == [network[4].weight], "27 columns, three rows, no layer"
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+
+
+def test_every_weight_of_the_flow_moves():
+    network = tiny_network(widths=[32, 32]).to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(network, TrainConfig(optimizer="muon", learning_rate=1e-2), torch.device("cpu"))
+    assert isinstance(optimizer, Muon)
+    assert len(optimizer.pairs) > 20
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert [name for name, p in network.named_parameters() if torch.equal(p, before[name])] == []
+    optimizer.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in network.parameters())
