@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyramid_ldm.autoencoders.load import load_autoencoder
+from pyramid_ldm.autoencoders.load import Build, load_autoencoder
 from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.data.batch import BadFile, Batch
 from pyramid_ldm.data.folder import Folder, ImageFile, fingerprint, scan, split_held_out, too_many_bad, with_known
@@ -108,15 +108,18 @@ class EncodeOptions:
     workers: int = 2
 
 
-def encode(autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions, runtime: Runtime) -> Path:
-    """Writes, or finishes, the shard directory `out`; every process encodes its share of the shards.
+def encode(
+    autoencoder_run: Path, data: Path, out: Path, options: EncodeOptions, runtime: Runtime, build: Build | None = None
+) -> Path:
+    """Writes, or finishes, the shard directory `out`; every process encodes its share of the shards. `build`: see
+    `load_autoencoder`.
 
     Raises UserError where `out` is not ours, lies inside what is read or around it, holds latents of another
     autoencoder, other images or other preprocessing; where too many images cannot be read, or a disk fails. What is
     done by then stays, and the same command goes on.
     """
     keep_apart(out, "--out", {"AE_RUN": autoencoder_run, "--data": data})
-    autoencoder = load_autoencoder(autoencoder_run)
+    autoencoder = load_autoencoder(autoencoder_run, build)
     folder: Folder = runtime.first(lambda: scan(data))
     size = autoencoder.image_size[0], autoencoder.image_size[1]
     files, notes = folder.large_enough(size, options.upscale)

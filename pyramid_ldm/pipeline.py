@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pyramid_ldm.autoencoders.load import build_autoencoder, read_autoencoder
+from pyramid_ldm.autoencoders.load import Build, build_autoencoder, read_autoencoder
 from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.condition import Condition, Context
 from pyramid_ldm.config import NCSNppConfig
@@ -215,8 +215,9 @@ class PyramidPipeline:
         )
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> Self:
-        """Loads a model directory, or a flow run's `model/`, in eval mode, float32, on the CPU.
+    def from_pretrained(cls, directory: str | Path, build: Build = build_autoencoder) -> Self:
+        """Loads a model directory, or a flow run's `model/`, in eval mode, float32, on the CPU. `build`: see
+        `load_autoencoder`.
 
         Raises UserError where something is missing or does not fit.
         """
@@ -236,7 +237,7 @@ class PyramidPipeline:
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{home}: {MANIFEST} is damaged; export the model again or copy it whole") from None
         network = assemble(stored_network, PyramidNCSNpp)
-        autoencoder = build_autoencoder(stored_autoencoder)
+        autoencoder = build(stored_autoencoder)
         if network.levels != autoencoder.levels:
             raise UserError(
                 f"{home}: the network's levels {network.levels} are not the autoencoder's {autoencoder.levels}"

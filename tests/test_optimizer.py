@@ -19,6 +19,10 @@ def model(layout=torch.channels_last) -> nn.Sequential:
     return layers.to(memory_format=layout)
 
 
+def muon_of(network: nn.Module, *, bf16: bool = False) -> Muon:
+    return Muon(network, RATE, (0.9, 0.99), fused=True, bf16=bf16)
+
+
 def loss(network: nn.Module, step: int) -> torch.Tensor:
     torch.manual_seed(step)
     return network(torch.randn(6, 8, 3, 3)).square().mean()
@@ -36,7 +40,7 @@ def trained(network: nn.Module, optimizer, first=0, steps=3) -> dict[str, torch.
 def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adam(layout):
     """The oracle trains a copy whose matrices are (outputs, inputs * 9) parameters of their own."""
     network = model(layout)
-    found = trained(network, Muon(network, RATE, (0.9, 0.99), fused=True))
+    found = trained(network, muon_of(network, bf16=True))
 
     oracle = model(layout)
     matrices = {"0.weight": 40, "1.weight": 48, "3.weight": 32}  # 4.weight has too few rows
@@ -68,7 +72,7 @@ def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adam(layout):
 def test_a_step_has_orthogonal_rows_of_adams_size():
     network = model()
     before = network[3].weight.detach().clone()
-    optimizer = Muon(network, RATE, (0.9, 0.99), fused=False)
+    optimizer = muon_of(network)
     network[3].weight.grad = torch.randn_like(before)
     optimizer.step()
     step = (network[3].weight.detach() - before) / (RATE * 0.2 * 48**0.5)
@@ -78,12 +82,12 @@ def test_a_step_has_orthogonal_rows_of_adams_size():
 
 def test_it_goes_on_where_it_was_saved():
     network = model()
-    optimizer = Muon(network, RATE, (0.9, 0.99), fused=True)
+    optimizer = muon_of(network)
     trained(network, optimizer)
     kept, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(network.state_dict())
     expected = trained(network, optimizer, first=3)
     other = model()
-    again = Muon(other, RATE, (0.9, 0.99), fused=True)
+    again = muon_of(other)
     other.load_state_dict(weights)
     again.load_state_dict(kept)
     found = trained(other, again, first=3)
@@ -93,8 +97,8 @@ def test_it_goes_on_where_it_was_saved():
 
 def test_small_matrices_embeddings_and_gains_stay_with_adam():
     network = nn.ModuleList([nn.Embedding(64, 64), nn.Conv2d(3, 64, 3), nn.Conv2d(64, 3, 3), nn.GroupNorm(4, 64), nn.Linear(32, 32)])
-    optimizer = Muon(network, RATE, (0.9, 0.99), fused=True)
-    assert [p for p, _ in optimizer.pairs] == [network[4].weight], "27 columns, three rows, no layer"
+    optimizer = muon_of(network)
+    assert [id(p) for p in optimizer.matrices] == [id(network[4].weight)], "27 columns, three rows, no layer"
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
 
 
@@ -102,7 +106,7 @@ def test_every_weight_of_the_flow_moves():
     network = tiny_network(widths=[32, 32]).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(network, TrainConfig(optimizer="muon", learning_rate=1e-2), torch.device("cpu"))
     assert isinstance(optimizer, Muon)
-    assert len(optimizer.pairs) > 20
+    assert len(optimizer.matrices) > 20
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     for p in network.parameters():
         p.grad = torch.randn_like(p)

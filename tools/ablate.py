@@ -17,7 +17,6 @@ Every row is a recipe (tools/ablation_recipe.yaml, tools/flow.yaml) with a few c
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -32,17 +31,15 @@ from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, load_config
 from pyramid_ldm.config.base import to_yaml
-from pyramid_ldm.data.folder import find_images, split_held_out
+from pyramid_ldm.data.folder import ImageFile, find_images, split_held_out
 from pyramid_ldm.data.images import normalise
 from pyramid_ldm.data.photographs import Photographs, Preprocessing, crops_to_examine
 from pyramid_ldm.data.shards import LatentCache
-from pyramid_ldm.encode import EncodeOptions, encode
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation import frechet
 from pyramid_ldm.evaluation.evaluate import reconstruction_figures
 from pyramid_ldm.evaluation.metrics import bicubic
 from pyramid_ldm.evaluation.reference import Reference, sample_features
-from pyramid_ldm.evaluation.sheets import grid
 from pyramid_ldm.files import read_lines, write_json, write_text
 from pyramid_ldm.info.cost import Work, count, empty_latents
 from pyramid_ldm.pipeline import PyramidPipeline
@@ -157,7 +154,12 @@ def explained(features: Tensor, targets: Tensor) -> float:
 
 def random_crops(folder: Path, size: Sequence[int], number: int, zoom: float) -> Tensor:
     """Of a folder's images, the same at every call."""
-    photographs = Photographs(find_images(folder), Preprocessing((size[0], size[1]), "random", zoom), seed=1)
+    return random_crops_of(find_images(folder), size, number, zoom)
+
+
+def random_crops_of(files: Sequence[ImageFile], size: Sequence[int], number: int, zoom: float) -> Tensor:
+    """(number, 3, H, W), each image in turn."""
+    photographs = Photographs(files, Preprocessing((size[0], size[1]), "random", zoom), seed=1)
     return torch.stack([normalise(photographs[i][0]) for i in range(number)])
 
 
@@ -304,83 +306,12 @@ def ablate_network(args: argparse.Namespace) -> None:
             report(args.out / "table.md", network_table(groups, args.solvers, args.evaluations) + floor)
 
 
-def both_row(args: argparse.Namespace, name: str, seed: int, reference: Reference, inception: frechet.Inception) -> Result:
-    """Trains an autoencoder, encodes, trains a flow, draws and measures; or goes on, or reads what is done."""
-    run, row = run_directory(args.out, name, seed), ROWS["both"][name] or {}
-    places = [f"data.root={args.data}", f"run_dir={run / 'ae'}", f"seed={seed}"]
-    config = load_config(AutoencoderTraining, args.recipes[0], [*row.get("autoencoder", []), *args.set, *places])
-    keys = [*row.get("flow", []), *args.set_flow, f"data.shards={run / 'latents'}"]
-    options = {"ae": to_yaml(config), "flow": keys, "samples": args.samples, "real": len(reference.features)}
-    run.mkdir(parents=True, exist_ok=True)
-    remember(run, options)
-    kept, began = run / "result.json", time.perf_counter()
-    found: Result = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    if "psnr" not in found:
-        found |= autoencoder_row(config)
-        model = PyramidAutoencoder.from_pretrained(run / "ae")
-        found |= {key: found["curve"][-1].get(f"held_out_{key}") for key, _, _ in COLUMNS}
-        found["floor"] = reference.floor(reference.half, inception, model)
-        found["minutes_ae"] = (time.perf_counter() - began) / 60
-        write_json(kept, found)
-    if "losses" not in found:
-        began = time.perf_counter()
-        runtime = start("auto", "auto")
-        encode(run / "ae", args.data, run / "latents", EncodeOptions(batch_size=32), runtime)
-        flow = load_config(FlowTraining, args.recipes[1], [*keys, f"run_dir={run / 'flow'}", f"seed={seed}"])
-        _, finished = train_flow(flow)
-        if not finished:
-            raise KeyboardInterrupt
-        last = {key: value for line in read_lines(run / "flow" / "metrics.jsonl") for key, value in line.items()}
-        found["losses"] = {key: value for key, value in last.items() if key.startswith(("train_", "held_out_"))}
-        found["minutes_flow"] = (time.perf_counter() - began) / 60
-        write_json(kept, found)
-    for solver in args.solvers:
-        for number in args.evaluations:
-            if f"{solver}_{number}" in found:
-                continue
-            pipeline = PyramidPipeline.from_pretrained(run / "flow").to(inception.device)
-            features, _ = sample_features(pipeline, inception, args.samples, 1, SolverOptions(solver, steps=number))
-            found[f"{solver}_{number}"] = reference.distances(features)
-            write_json(kept, found)
-    if not (run / "samples.png").is_file():
-        pipeline = PyramidPipeline.from_pretrained(run / "flow").to(inception.device)
-        grid(pipeline(num_images=32, seed=1, solver="euler", steps=20, batch_size=32).images, 8).save(run / "samples.png")
-    return found
-
-
-def both_table(groups: dict[str, list[Result]], args: argparse.Namespace) -> str:
-    """A line a group of seeds."""
-    drawn = [f"{solver}_{number}" for solver in args.solvers for number in args.evaluations]
-    head = ["", *(title for _, title, _ in COLUMNS), "rKID x 1000", *(f"KID, {d.replace('_', ' ')}" for d in drawn)]
-    lines = []
-    for name, results in groups.items():
-        cells = [name]
-        for key, _, digits in COLUMNS:
-            known = [r[key] for r in results if r[key] is not None]
-            cells.append(spread(known, digits) if known else "-")
-        cells.append(spread((1000 * r["floor"]["reconstructions"]["kid"] for r in results), 1))
-        cells += [spread((1000 * r[d]["kid"] for r in results), 1) for d in drawn]
-        first = results[0]
-        cells.append(", ".join(f"{first['losses'][key]:.2f}" for key in first["losses"] if key.startswith("held_out_")))
-        for key in ("std", "noise", "predictable"):
-            cells.append(", ".join("-" if value is None else f"{value:.2f}" for value in first[key]))
-        cells += [f"{first['minutes_ae']:.1f} + {first['minutes_flow']:.1f}", str(len(results))]
-        lines.append(cells)
-    return markdown([*head, "held-out loss", "latent std", "noise", "predictable", "minutes", "seeds"], lines)
-
-
 def ablate_both(args: argparse.Namespace) -> None:
     """Stage one judged by both stages."""
+    import front
+
     inception = frechet.Inception(args.inception, start("auto", "auto").device)
-    groups: dict[str, list[Result]] = {}
-    reference: Reference | None = None
-    for seed in args.seeds:
-        for name in args.rows:
-            if reference is None:
-                size = load_config(AutoencoderTraining, args.recipes[0], ["run_dir=x", "data.root=x"]).image_size
-                reference = Reference.of_images(find_images(args.reference), (size[0], size[1]), inception)
-            groups.setdefault(name, []).append(both_row(args, name, seed, reference, inception))
-            report(args.out / "table.md", both_table(groups, args))
+    front.Front(args, ROWS["both"], inception).run()
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -401,6 +332,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         if stage == "both":
             configs = [TOOLS.parent / f"{each}_configs" / "demo.yaml" for each in ("autoencoder", "diffusion")]
             command.add_argument("--data", type=Path, required=True, help="photographs to train on")
+            command.add_argument("--vgg", help="VGG-16 weights, to measure LPIPS and for recipes that want it")
+            command.add_argument("--crops", type=int, default=0, help="of each photograph, for the flow; 0: centre crops")
             command.add_argument("--recipes", nargs=2, type=Path, default=configs, help="of the stages; the demo's")
             command.add_argument("--set-flow", nargs="*", default=[], metavar="KEY=VALUE", help="changes every flow")
             command.add_argument("--reference", type=Path, required=True, help="real images that are not in --data")

@@ -1,5 +1,6 @@
 """A stage one by where it lies."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -14,13 +15,19 @@ from pyramid_ldm.errors import UserError
 from pyramid_ldm.serialization import Stored, assemble, read_model, read_stored
 
 
-def load_autoencoder(place: Path) -> Autoencoder:
+Build = Callable[[Stored], Autoencoder]
+
+
+def load_autoencoder(place: Path, build: Build | None = None) -> Autoencoder:
     """A run or a model directory of stage one, or a config of one without parameters; in eval mode, on the CPU.
+
+    Args:
+        build: the network of what is stored, if it is not the toolkit's own, to be compared.
 
     Raises UserError where it is neither, or something is missing or does not fit.
     """
     if not place.is_file():
-        return build_autoencoder(read_model(place, "train-ae", read_autoencoder))
+        return (build or build_autoencoder)(read_model(place, "train-ae", read_autoencoder))
     kind = kind_of(place)
     if kind not in FIXED:
         raise UserError(

@@ -1,76 +1,94 @@
 """Adam, or Muon for the matrices of a network and Adam for the rest."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyramid_ldm.config.common import TrainConfig
+from pyramid_ldm.training.runtime import use_bf16
 
 LEAST = 32  # rows and columns of a matrix that is worth making orthogonal
+MOMENTUM = 0.95
+# Jordan et al. 2024: five of them bring every singular value from 0.01 to 1 near 1.
+COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 
 
 class Muon:
     """Muon (Jordan et al. 2024): the matrix of a linear layer, or of a convolution with a row for every output channel,
-    moves by its momentum made orthogonal, all directions alike. What has fewer than 32 rows or columns, and everything
-    else, moves by Adam. One learning rate is for both: Muon's steps are scaled to the size of Adam's (Liu et al. 2025).
+    moves by its momentum (Nesterov's) made orthogonal, all directions alike. What has fewer than 32 rows or columns,
+    and everything else, moves by Adam. One learning rate is for both: a step is scaled by 0.2 sqrt(max(rows, columns)),
+    to the size of Adam's (Liu et al. 2025).
 
-    `param_groups`, `state` and so on are those of any optimizer. Weights have to stay where they are in memory.
+    As `torch.optim.Muon`, but convolutions are matrices, equal shapes are one product, and where a CPU does not compute
+    in bfloat16, this does not either (fifty times faster there).
     """
 
-    def __init__(self, model: nn.Module, rate: float, betas: tuple[float, float], fused: bool) -> None:
+    def __init__(self, model: nn.Module, rate: float, betas: tuple[float, float], *, fused: bool, bf16: bool) -> None:
         layers = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-        chosen = [p for p in layers if min(p.shape[0], p[0].numel()) >= LEAST]
-        known = {id(p) for p in chosen}
-        rest = [p for p in model.parameters() if id(p) not in known]
-        self.pairs = [(p, nn.Parameter(as_matrix(p.detach()))) for p in chosen]
-        for p, matrix in self.pairs:
-            if p.data_ptr() != matrix.data_ptr():
-                raise ValueError(f"a weight of {tuple(p.shape)} has its memory in another order than channels first or last")
-        self.muon = torch.optim.Muon(
-            [matrix for _, matrix in self.pairs], lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        self.matrices = [p for p in layers if min(p.shape[0], p[0].numel()) >= LEAST]
+        known = {id(p) for p in self.matrices}
+        self.rest = torch.optim.Adam(
+            [p for p in model.parameters() if id(p) not in known], lr=rate, betas=betas, fused=fused
         )
-        self.adam = torch.optim.Adam(rest, lr=rate, betas=betas, fused=fused)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Of both."""
-        return [*self.muon.param_groups, *self.adam.param_groups]
+        self.param_groups: list[dict[str, Any]] = [{"params": self.matrices, "lr": rate}, *self.rest.param_groups]
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
 
     @property
     def state(self) -> dict[Tensor, Any]:
         """Adam's."""
-        return self.adam.state
+        return self.rest.state
 
+    @torch.no_grad()
     def step(self) -> None:
-        """Both."""
-        for p, matrix in self.pairs:
-            matrix.grad = None if p.grad is None else as_matrix(p.grad)
-        self.muon.step()
-        self.adam.step()
+        """By the gradients that there are."""
+        alike: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p, momentum in zip(self.matrices, self.momenta, strict=True):
+            if p.grad is not None:
+                momentum.lerp_(p.grad, 1 - MOMENTUM)
+                ahead = p.grad.lerp(momentum, MOMENTUM).flatten(1)
+                alike[ahead.shape[0], ahead.shape[1]].append((p, ahead))
+        rate = self.param_groups[0]["lr"]
+        for shape, pairs in alike.items():
+            directions = orthogonal(torch.stack([ahead for _, ahead in pairs]).to(self.dtype))
+            for (p, _), direction in zip(pairs, directions, strict=True):
+                p.add_(direction.to(p.dtype).view(p.shape), alpha=-rate * 0.2 * max(shape) ** 0.5)
+        self.rest.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Of the weights and of the matrices."""
-        for p, matrix in self.pairs:
-            p.grad = matrix.grad = None
-        self.adam.zero_grad(set_to_none)
+        """Of every weight."""
+        for p in self.matrices:
+            if set_to_none:
+                p.grad = None
+            elif p.grad is not None:
+                p.grad.zero_()
+        self.rest.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint."""
-        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+        return {"momenta": list(self.momenta), "rest": self.rest.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
-        self.muon.load_state_dict(state["muon"])
-        self.adam.load_state_dict(state["adam"])
+        """The inverse; ValueError where it is another network's."""
+        for own, other in zip(self.momenta, state["momenta"], strict=True):
+            own.copy_(other)
+        self.rest.load_state_dict(state["rest"])
+        self.param_groups[1:] = self.rest.param_groups
 
 
-def as_matrix(weight: Tensor) -> Tensor:
-    """A weight (outputs, ...) as (outputs, all else), a view where its memory is in order, channels first or last."""
-    if weight.ndim == 2:
-        return weight
-    last = weight.permute(0, 2, 3, 1)
-    return last.reshape(len(weight), -1) if last.is_contiguous() else weight.reshape(len(weight), -1)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """(N, rows, columns): the nearest matrices whose singular values are all about 1 (0.7 to 1.2), by Newton and
+    Schulz's iteration."""
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonal(matrices.mT).mT
+    a, b, c = COEFFICIENTS
+    x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
 
 
 Optimizer = torch.optim.Optimizer | Muon
@@ -80,5 +98,5 @@ def build_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) 
     """What `train.optimizer` says."""
     betas, fused = (train.beta1, train.beta2), device.type in ("cuda", "cpu")
     if train.optimizer == "muon":
-        return Muon(model, train.learning_rate, betas, fused)
+        return Muon(model, train.learning_rate, betas, fused=fused, bf16=use_bf16("auto", device))
     return torch.optim.Adam(model.parameters(), lr=train.learning_rate, betas=betas, fused=fused)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pyramid_ldm.autoencoders.load import load_autoencoder, trained_on
+from pyramid_ldm.autoencoders.load import Build, load_autoencoder, trained_on
 from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.batch import Batch
@@ -82,7 +82,7 @@ class Source(ABC):
 class CachedLatents(Source):
     """Those that `encode` wrote."""
 
-    def __init__(self, config: FlowTraining, runtime: Runtime) -> None:
+    def __init__(self, config: FlowTraining, runtime: Runtime, build: Build | None = None) -> None:
         super().__init__(config, runtime)
         assert config.data.shards is not None
         self.key, self.place = "data.shards", config.data.shards
@@ -90,7 +90,7 @@ class CachedLatents(Source):
         runtime.first(self.cache.verify)
         self.levels = self.cache.plan.levels
         home = self.cache.directory / AUTOENCODER
-        self.autoencoder = load_autoencoder(home)
+        self.autoencoder = load_autoencoder(home, build)
         if self.autoencoder.fingerprint() != self.cache.plan.autoencoder:
             raise UserError(
                 f"{home}: is not the autoencoder that made these shards; copy the shard directory whole, or encode "
@@ -138,12 +138,12 @@ class CachedLatents(Source):
 class EncodedPhotographs(Source):
     """Photographs, encoded on the way: crops are fresh, and nothing is stored twice."""
 
-    def __init__(self, config: FlowTraining, runtime: Runtime) -> None:
+    def __init__(self, config: FlowTraining, runtime: Runtime, build: Build | None = None) -> None:
         super().__init__(config, runtime)
         assert config.data.root is not None
         assert config.data.autoencoder is not None
         self.key, self.place = "data.root", config.data.root
-        self.autoencoder = load_autoencoder(Path(config.data.autoencoder)).to(runtime.device)
+        self.autoencoder = load_autoencoder(Path(config.data.autoencoder), build).to(runtime.device)
         self.levels = list(self.autoencoder.levels)
         trained = trained_on(Path(config.data.autoencoder))
         data = config.data.photographs(trained)
@@ -213,6 +213,7 @@ class EncodedPhotographs(Source):
         return self.photographs.refuse()
 
 
-def open_source(config: FlowTraining, runtime: Runtime) -> Source:
-    """What `data` names."""
-    return CachedLatents(config, runtime) if config.data.shards is not None else EncodedPhotographs(config, runtime)
+def open_source(config: FlowTraining, runtime: Runtime, build: Build | None = None) -> Source:
+    """What `data` names. `build`: see `load_autoencoder`."""
+    kind = CachedLatents if config.data.shards is not None else EncodedPhotographs
+    return kind(config, runtime, build)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyramid_ldm.autoencoders.load import Build
 from pyramid_ldm.condition import Condition
 from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.batch import Batch
@@ -30,10 +31,11 @@ from pyramid_ldm.training.step import per_step, set_learning_rate, take_step
 EXAMINED, AT_ONCE = 256, 32  # draws of each split for the held-out figures
 
 
-def train_flow(config: FlowTraining) -> tuple[Path, bool]:
-    """Runs, or resumes, stage two. Returns (run directory, whether it reached `train.images`)."""
+def train_flow(config: FlowTraining, build: Build | None = None) -> tuple[Path, bool]:
+    """Runs, or resumes, stage two. Returns (run directory, whether it reached `train.images`). `build`: see
+    `load_autoencoder`."""
     runtime = start(config.device, config.precision)
-    source = open_source(config, runtime)
+    source = open_source(config, runtime, build)
     config.resolve(source.image_size, source.levels)
     inputs = {f"data.{name}": getattr(config.data, name) for name in ("shards", "root", "autoencoder")}
     with open_run(config, {name: Path(path) for name, path in inputs.items() if path}, runtime) as run:
