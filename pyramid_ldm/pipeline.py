@@ -106,6 +106,7 @@ class PyramidPipeline:
         max_nfe: int | None = None,
         spacing: str = "uniform",
         eta: float | None = None,
+        guidance: float = 1.0,
         batch_size: int = 8,
         bf16: bool = False,
     ) -> PipelineOutput:
@@ -115,7 +116,7 @@ class PyramidPipeline:
         fixed steps the network, in bfloat16; the solver's state stays float32. For the rest see `SolverOptions`.
         Raises UserError where the solve cannot go on.
         """
-        options = SolverOptions(solver, steps, rtol, atol, max_nfe, spacing=spacing, eta=eta)
+        options = SolverOptions(solver, steps, rtol, atol, max_nfe, spacing=spacing, eta=eta, guidance=guidance)
         indices = list(range(first_index, first_index + num_images))
         outputs = list(self.stream(indices, seed, options, batch_size=batch_size, bf16=bf16))
         return PipelineOutput(
@@ -164,6 +165,8 @@ class PyramidPipeline:
         rows: int = 0,
     ) -> Solution:
         """Scaled latents from noise. A compiled network always sees at least `rows` samples."""
+        if options.guidance != 1 and not self.network.config.early:
+            raise UserError(f"guidance is {options.guidance:g}; this network was trained without model.early")
         noise = tuple(level.to(self.device) for level in noise)
         rows = max(rows, noise[0].shape[0])
         network_bf16 = options.network_in_bf16(bf16)

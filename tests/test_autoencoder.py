@@ -3,6 +3,7 @@ import torch
 import yaml
 from conftest import randomise, tiny_autoencoder, tiny_autoencoder_config
 from torch import nn
+from torch.nn.functional import pixel_shuffle
 
 from pyramid_ldm.autoencoders.posterior import DiagonalGaussian
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
@@ -11,6 +12,7 @@ from pyramid_ldm.errors import UserError
 from pyramid_ldm.nn.layers import SpectralNorm, spectral_layers
 from pyramid_ldm.nn.resample import bilinear_up
 from pyramid_ldm.nn.resblock import ResidualBlock
+from pyramid_ldm.pyramid import level_shapes, pyramid_noise
 
 VARIANTS = {
     "default": {},
@@ -31,6 +33,10 @@ VARIANTS = {
     "unshuffle": {"encoder__pooling": "unshuffle"},
     "unshuffle, skip": {"encoder__pooling": "unshuffle", "skip": "skip"},
     "group norms": {"norm": "group"},
+    "no norms": {"norm": "none"},
+    "patches of 2": {"patch": 2},
+    "patches of 8, no norms": {"patch": 8, "norm": "none"},
+    "patches of 4, skip none": {"patch": 4, "skip": "none"},
     "no spectral norm": {"encoder__spectral_norm": False},
     "two blocks": {"encoder__blocks": 2},
     "dropout": {"decoder__dropout": 0.35},
@@ -42,7 +48,7 @@ VARIANTS = {
 
 # One of each kind of stored weight; the others are made of the same parts.
 STORED = {"default", "vq", "one level, f1", "three levels", "vit", "unshuffle, skip", "group norms", "two blocks",
-          "no linear heads", "no spectral norm"}  # fmt: skip
+          "no linear heads", "no spectral norm", "no norms", "patches of 2"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -290,6 +296,51 @@ def test_vq_is_straight_through_and_tells_its_entries():
     torch.testing.assert_close(gradient, expected.detach())
     for used, q, quantizer in zip(indices, quantized, autoencoder.quantizers, strict=True):
         torch.testing.assert_close(quantizer.embedding(used).movedim(-1, 1), q)
+
+
+def test_the_last_patches_are_the_pixels_of_the_image():
+    """What comes out of the finest convolution is spread over them, level by level."""
+    model = randomise(tiny_autoencoder(levels=((8, 4),), patch=4, skip="none", attention__max_tokens=0), 0.3).eval()
+    latents = (torch.randn(2, 4, 4, 4),)
+    seen = []
+    finest = [level for level in model.decoder.levels if hasattr(level, "blocks")][-1]
+    finest.to_rgb.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        image = model.decode(latents)
+    assert seen[0].shape == (2, 48, 8, 8)
+    torch.testing.assert_close(image, pixel_shuffle(pixel_shuffle(seen[0], 2), 2))
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_patches_leave_levels_out_at_full_resolution(patch):
+    model = tiny_autoencoder(levels=((16, 6), (8, 4)), patch=patch)
+    stem = model.encoder.stem
+    assert (stem.in_channels, len(model.encoder.levels)) == (3 * patch**2, 5 - patch.bit_length() + 1)
+    assert [level.head is not None for level in model.encoder.levels][-2:] == [True, True]
+
+
+def test_without_norms_a_block_adds_to_its_shortcut():
+    """x + f(x), not (x + f(x)) / sqrt 2: what begins at zero leaves features as they are."""
+    model = tiny_autoencoder(norm="none")
+    block = model.decoder.levels[0].blocks[0]
+    x = torch.randn(1, block.conv1.in_channels, 4, 4)
+    torch.testing.assert_close(block(x), x)
+    assert not [name for name, _ in model.decoder.named_parameters() if "norm1" in name or "norm2" in name]
+
+
+def test_levels_that_are_not_kept_are_zeros():
+    model = randomise(tiny_autoencoder(levels=((16, 6), (8, 4), (4, 2))), 0.05).eval()
+    image = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        found = model(image, model_noise(model, image), kept=torch.tensor([1, 2, 3])).reconstruction
+        latents = model.encode(image).sample(model_noise(model, image))
+        for k in range(3):
+            part = tuple(z[k : k + 1] if i <= k else torch.zeros_like(z[k : k + 1]) for i, z in enumerate(latents))
+            torch.testing.assert_close(found[k : k + 1], model.decode(part), atol=1e-5, rtol=0)
+
+
+def model_noise(model, image):
+    return pyramid_noise(level_shapes(model.levels, image.shape[2:]), 0, "test", range(len(image)))
 
 
 def test_wrong_sizes_are_refused():

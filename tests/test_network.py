@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import at, randomise, tiny_network, tiny_network_config
@@ -23,6 +25,8 @@ VARIANTS = {
     "dropout": {"dropout": 0.35},
     "no branch blocks": {"branch_blocks": 0},
     "checkpointing": {"checkpoint": True},
+    "early": {"early": True},
+    "early, one level": {"early": True, "levels": ((8, 4),)},
     **{f"attention {kind}": {"attention": kind} for kind in ("spatial", "channel", "none")},
 }
 
@@ -99,3 +103,37 @@ def test_too_few_widths_are_refused():
         tiny_network_config(image_size=(32, 32), levels=((32, 4), (8, 2)), widths=[8, 8])
     with pytest.raises(UserError, match="does not divide"):
         tiny_network_config(image_size=(32, 32), levels=((16, 4), (8, 2)), widths=[8] * 6)
+
+
+def test_guidance_extrapolates_from_what_is_said_on_the_way_down():
+    network = randomise(tiny_network(early=True), 0.05).eval()
+    noisy, context = latents(network), at(0.4, 0.7)
+    with torch.no_grad():
+        plain = network(noisy, context)
+        both = network(noisy, replace(context, early=True))
+        late, early = both[:2], both[2:]
+        for a, b in zip(plain, late, strict=True):
+            assert torch.equal(a, b)
+        for scale in (0.0, 0.5, 1.5):
+            for a, b, c in zip(network(noisy, replace(context, guidance=scale)), early, late, strict=True):
+                torch.testing.assert_close(a, b + scale * (c - b))
+
+
+def test_what_is_said_early_knows_nothing_of_the_way_up():
+    network = randomise(tiny_network(early=True), 0.05)
+    early = network(latents(network), replace(at(0.4, 0.7), early=True))[2:]
+    sum(level.square().sum() for level in early).backward()
+    moved = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert "up_levels" not in moved
+    assert {"down_levels", "branches", "input", "time"} <= moved
+
+
+def test_the_early_loss_is_half_as_heavy():
+    """Twin networks whose late prediction is zero: the loss is the target's size, and half of the early error."""
+    network = tiny_network(early=True)
+    data, noise = latents(network), latents(network, seed=1)
+    t = torch.tensor([0.2, 0.9])
+    loss = RectifiedFlow().loss(network, data, noise, t)
+    size = sum((x - e).square().mean() for x, e in zip(data, noise, strict=True))
+    torch.testing.assert_close(loss.total, 1.5 * size)  # it predicts zero both times
+    torch.testing.assert_close(loss.levels.sum(), size)

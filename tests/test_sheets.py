@@ -28,13 +28,15 @@ def test_contributions_of_figure_7():
     with torch.no_grad():
         latents = autoencoder.encode(torch.rand(1, 3, 32, 32)).mode()
         zeros = tuple(torch.zeros_like(z) for z in latents)
-        whole, only, without = latent_contributions(autoencoder, latents, zeros)
-        assert torch.equal(whole, autoencoder.decode(latents))
-        assert torch.equal(only[0], autoencoder.decode((latents[0], zeros[1])))
-        assert torch.equal(without[0], autoencoder.decode((zeros[0], latents[1])))
-        assert torch.equal(without[1], only[0]), "with two levels, all but one is the other alone"
+        parts = latent_contributions(autoencoder, latents, zeros)
+        assert torch.equal(parts.whole, autoencoder.decode(latents))
+        assert torch.equal(parts.only[0], autoencoder.decode((latents[0], zeros[1])))
+        assert torch.equal(parts.without[0], autoencoder.decode((zeros[0], latents[1])))
+        assert torch.equal(parts.without[1], parts.only[0]), "with two levels, all but one is the other alone"
+        assert torch.equal(parts.coarsest[0], parts.only[0])
+        assert torch.equal(parts.coarsest[1], parts.whole)
         sheet = latents_sheet(autoencoder, torch.rand(3, 32, 32), zeros)
-    assert sheet.size == (3 * 38 + 6, 2 * 56 + 6)
+    assert sheet.size == (3 * 38 + 6, 3 * 56 + 6)
 
 
 def test_bicubic_baseline_keeps_no_more_values_than_allowed():

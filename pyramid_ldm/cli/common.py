@@ -114,6 +114,12 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         help="of fixed steps: even in time, denser at both ends, or in EDM's measure of noise (default: uniform)",
     )
     parser.add_argument("--eta", type=share(one=True), help="ancestral's share of fresh noise; 0 is ddim (default: 1)")
+    parser.add_argument(
+        "--guidance",
+        type=Number(float, 0.0, 100.0),
+        default=1.0,
+        help="extrapolate from what the network says on its way down (model.early); 1 does not (default: 1)",
+    )
     parser.add_argument("--rtol", type=tolerance, help="of adaptive steps, relative tolerance (default: 1e-5)")
     parser.add_argument("--atol", type=tolerance, help="of adaptive steps, absolute tolerance (default: 1e-5)")
     parser.add_argument(
@@ -136,6 +142,7 @@ def solver_options(arguments: argparse.Namespace) -> "SolverOptions":
         bf16=None if arguments.precision == "auto" else arguments.precision == "bf16",
         spacing=arguments.spacing,
         eta=arguments.eta,
+        guidance=arguments.guidance,
     )
 
 

@@ -246,6 +246,8 @@ class FlowTraining(Section):
     model: NCSNppConfig = key(NCSNppConfig)
     data: FlowDataConfig = key(FlowDataConfig)
     process: str = key("rectified_flow", choices=PROCESSES)
+    # How training draws its times' quantiles; low_discrepancy: evenly over any stretch of images.
+    times: str = key("independent", choices=("independent", "low_discrepancy"))
     rectified_flow: RectifiedFlowConfig = key(RectifiedFlowConfig)
     vp: VPConfig = key(VPConfig)
     edm: EDMConfig = key(EDMConfig)

@@ -59,11 +59,11 @@ def make_pictures(out: Path, seconds: float) -> Figures:
     train, held_out = split_held_out(find_images(out / "photographs"), 0.05)
     shown: list[tuple[Tensor, Tensor, Tensor]] = []  # original, reconstruction, thumbnail
     figures: list[tuple[float, float]] = []
-    latents: list[Pyramid] = []
+    latents: Pyramid = ()
     for file in held_out:
         image = load_crop(file.path, (height, width))[None]
-        latents.append(autoencoder.encode(image).mode())
-        decoded, reduced = autoencoder.decode_tiled(latents[-1]).clamp(-1, 1), bicubic(image, values)
+        latents = autoencoder.encode(image).mode()
+        decoded, reduced = autoencoder.decode_tiled(latents).clamp(-1, 1), bicubic(image, values)
         figures.append((float(psnr(decoded, image)), float(psnr(reduced, image))))
         if len(shown) < (SHOWN_IN_PARTS if large else SHOWN):
             shown.append((image[0], decoded[0], reduced[0]))
@@ -86,8 +86,8 @@ def make_pictures(out: Path, seconds: float) -> Figures:
     sheet = parts_sheet(shown) if large else resized(comparison_grid(originals, decodings), scale)
     save(out / "reconstructions.png", sheet)
     save(out / "neighbours.png", resized(comparison_grid(samples[:SHOWN], training[index[:SHOWN]]), 2.0))
-    means: Pyramid = tuple(torch.cat(level).mean(dim=(0, 2, 3), keepdim=True) for level in zip(*latents, strict=True))
-    save(out / "latents.png", latents_sheet(autoencoder, originals[most_varied(originals)], means, scale=scale))
+    zeros = tuple(torch.zeros_like(level) for level in latents)
+    save(out / "latents.png", latents_sheet(autoencoder, originals[most_varied(originals)], zeros, scale=scale))
     write_json(out / "figures.json", {"kind": "demo", **vars(found)})
     report(out, found, seconds)
     return found
@@ -156,8 +156,8 @@ def report(out: Path, figures: Figures, seconds: float) -> None:
         ),
         Section(
             "What each latent level holds",
-            "Upper row: the image from only one level. Lower row: from all but one (Pyramid Diffusion Model, figure "
-            "7). A level that is left out is replaced by its mean.",
+            "Upper row: the image from only one level. Middle row: from all but one (Pyramid Diffusion Model, figure "
+            "7). Lower row: from one and all coarser ones. A level that is left out is replaced by zeros.",
             out / "latents.png",
         ),
         Section(

@@ -1,7 +1,8 @@
 """Sheets of pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -39,31 +40,42 @@ def comparison_grid(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     return grid(pairs, columns=min(len(pairs), 8))
 
 
-@torch.no_grad()
-def latent_contributions(
-    autoencoder: Autoencoder, latents: Pyramid, replacement: Pyramid
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """PDM figure 7 for a batch: (from all latents, from only level i, from all but level i), images (B, 3, H, W).
+@dataclass(frozen=True)
+class Contributions:
+    """What each level of a batch adds, images (B, 3, H, W): PDM figure 7, and the levels one after the other."""
 
-    `replacement` stands in for a level that is left out; it broadcasts over the batch.
-    """
+    whole: Tensor  # from all of them
+    only: list[Tensor]  # from level i alone
+    without: list[Tensor]  # from all but level i
+    coarsest: list[Tensor]  # from levels 0 to i
+
+
+@torch.no_grad()
+def latent_contributions(autoencoder: Autoencoder, latents: Pyramid, replacement: Pyramid) -> Contributions:
+    """`replacement` stands in for a level that is left out; it broadcasts over the batch."""
     filler = tuple(r.expand_as(z) for r, z in zip(replacement, latents, strict=True))
-    only, without = [], []
-    for i in range(len(latents)):
-        only.append(autoencoder.decode((*filler[:i], latents[i], *filler[i + 1 :])))
-        without.append(autoencoder.decode((*latents[:i], filler[i], *latents[i + 1 :])))
-    return autoencoder.decode(latents), only, without
+
+    def decode(kept: Callable[[int], bool]) -> Tensor:
+        return autoencoder.decode(tuple(z if kept(n) else f for n, (z, f) in enumerate(zip(latents, filler, strict=True))))
+
+    count = range(len(latents))
+    return Contributions(
+        autoencoder.decode(latents),
+        [decode(lambda n, i=i: n == i) for i in count],
+        [decode(lambda n, i=i: n != i) for i in count],
+        [decode(lambda n, i=i: n <= i) for i in count],
+    )
 
 
 def latents_sheet(autoencoder: Autoencoder, image: Tensor, replacement: Pyramid, scale: float = 1) -> Image.Image:
     """PDM figure 7 for one image (3, H, W): the whole reconstruction at the left; row 1 from only one latent, row 2
-    from all but one, the latent's resolution under each."""
+    from all but one, row 3 from one and all coarser ones, the latent's resolution under each."""
     latents = autoencoder.encode(image[None]).mode()
-    whole, only, without = latent_contributions(autoencoder, latents, replacement)
+    parts = latent_contributions(autoencoder, latents, replacement)
     width, height = round(image.shape[2] * scale), round(image.shape[1] * scale)
     margin, label = 6, 18
-    columns = len(only) + 1
-    sheet = Image.new("RGB", (columns * (width + margin) + margin, 2 * (height + label + margin) + margin), PAPER)
+    columns = len(latents) + 1
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, 3 * (height + label + margin) + margin), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
 
     def place(picture: Tensor, column: int, row: int, text: str) -> None:
@@ -71,10 +83,11 @@ def latents_sheet(autoencoder: Autoencoder, image: Tensor, replacement: Pyramid,
         sheet.paste(to_pil(picture[0].cpu()).resize((width, height), Image.Resampling.BICUBIC), (left, top))
         draw.text((left + width / 2, top + height + 2), text, INK, font=font, anchor="ma")
 
-    place(whole, 0, 0, "all latents")
+    place(parts.whole, 0, 0, "all latents")
     place(image[None], 0, 1, "original")
     for i, level in enumerate(latents):
         size = f"{level.shape[2]}x{level.shape[3]}"
-        place(only[i], i + 1, 0, f"only {size}")
-        place(without[i], i + 1, 1, f"all but {size}")
+        place(parts.only[i], i + 1, 0, f"only {size}")
+        place(parts.without[i], i + 1, 1, f"all but {size}")
+        place(parts.coarsest[i], i + 1, 2, f"up to {size}")
     return sheet

@@ -41,6 +41,8 @@ class SolverOptions:
             `Process.grid`.
         eta: of "ancestral", how much of DDPM's noise is fresh: 1 (None) all, 0 none.
         rtol, atol: of those of adaptive steps, 1e-5 (None).
+        guidance: how far to go from what the network says on its way down to what it says in the end: 1 all the way,
+            more extrapolates (internal guidance; for networks with `model.early`).
         max_nfe: evaluations after which it gives up. None: 2000, or as many as fixed steps take.
         bf16: whether the network computes in bfloat16. None: as the decoder with fixed steps, no with adaptive ones,
             which would take its rounding for error.
@@ -78,6 +80,8 @@ class SolverOptions:
             raise UserError(
                 f"spacing is {self.spacing}, and {self.solver} finds its own steps; choose one of fixed steps"
             )
+        if not 0 <= self.guidance < math.inf:
+            raise UserError(f"guidance is {self.guidance:g}; it must be finite and at least 0")
         if min(self.count, self.most) < 1:
             raise UserError(f"steps is {self.count}, max_nfe {self.most}; both must be at least 1")
         if self.solver in FIXED and self.most < self.evaluations:

@@ -19,9 +19,6 @@ from pyramid_ldm.training.optimizer import Optimizer, build_optimizer
 from pyramid_ldm.training.step import NonFinite
 
 
-import os
-
-LOW = os.environ.get("LOWDISC") == "1"
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -89,21 +86,32 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """One micro-batch of raw latents: adds its gradient. Noise and time are those of the positions."""
     assert state.scaling is not None
-    noise, t = draw(process, state.network.shapes, positions, config.seed, raw[0].device)
+    noise, t = draw(process, state.network.shapes, positions, config.seed, raw[0].device, config.times)
     loss = process.loss(model, state.scaling.scale(raw), noise, t, condition)
     (loss.total / config.train.accumulate).backward()
     return {"loss": loss.total} | named_levels(state.network, loss.levels)
 
 
 def draw(
-    process: Process, shapes: Sequence[Shape], positions: Sequence[int], seed: int, device: torch.device
+    process: Process,
+    shapes: Sequence[Shape],
+    positions: Sequence[int],
+    seed: int,
+    device: torch.device,
+    times: str = "independent",
 ) -> tuple[Pyramid, Tensor]:
-    """(noise, t (B,)) of training at these positions of the run, on `device`."""
-    if LOW:
+    """(noise, t (B,)) of training at these positions of the run, on `device`.
+
+    Args:
+        times: "independent", or "low_discrepancy": quantiles are golden sections from a random one on, so that those of
+            any stretch of positions, whatever the batch size, lie evenly (Kronecker's sequence).
+    """
+    if times == "low_discrepancy":
         first = uniform(seed, "time", 0)
-        quantiles = torch.tensor([(first + GOLDEN * position) % 1.0 for position in positions], dtype=torch.float64).float().clamp(max=1 - 1e-7)
+        drawn = [(first + GOLDEN * position) % 1.0 for position in positions]
     else:
-        quantiles = torch.tensor([uniform(seed, "time", position) for position in positions])
+        drawn = [uniform(seed, "time", position) for position in positions]
+    quantiles = torch.tensor(drawn).clamp(max=1 - 2**-24)
     noise = flat_noise(shapes, seed, "noise", positions, device)
     return noise, process.time(quantiles.to(device, non_blocking=True))
 
