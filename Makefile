@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What to install as PyTorch, for example TORCH='torch --index-url https://download.pytorch.org/whl/cpu'.
 TORCH ?=
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo demo-2k test lint format clean
 
 install: $(VENV)/.installed
 
@@ -17,6 +17,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: install
 	$(BIN)/pyramid-ldm demo --out demo
+
+demo-2k: install
+	$(BIN)/pyramid-ldm demo --size 1024x2048 --out demo-2k
 
 test: install
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -347,6 +347,28 @@ def test_vq_random_crops_and_workers_resume_exactly(home, photographs, tmp_path)
     assert state_of(tmp_path / "whole")["images_seen"] == 20
 
 
+@pytest.mark.parametrize("stage", ["train-ae", "train-flow"])
+def test_muon_level_dropout_and_even_times_resume_exactly(home, photographs, tmp_path, stage):
+    """8 images, then to 16."""
+    settings = {
+        "train-ae": [
+            home / "ae.yaml", f"data.root={photographs}", "train.level_dropout=0.5", "loss.gan.weight=0",
+            "model.norm=none", "model.patch=2", "model.encoder.widths=[8, 32, 32, 32]",
+            "model.decoder.widths=[8, 32, 32, 32]",
+        ],
+        "train-flow": [
+            home / "flow.yaml", f"data.shards={home / 'latents'}", "times=low_discrepancy", "model.early=true",
+            "model.widths=[32, 32]",
+        ],
+    }[stage]  # fmt: skip
+    settings += ["train.optimizer=muon", "train.decay=constant", "log.pictures_every=1000"]
+    for name in ("whole", "parts"):
+        for images in (16,) if name == "whole" else (8, 16):
+            run(stage, *settings, f"train.images={images}", f"run_dir={tmp_path / name}")
+    assert_equal(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert len(state_of(tmp_path / "whole")["optimizer"]["momenta"]) > 4
+
+
 def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, photographs, tmp_path):
     """Float32 records, the posterior's mode, the same noise and times."""
     from pyramid_ldm.data.latents import LatentRecords, collate_latents
