@@ -137,21 +137,40 @@ class PyramidPipeline:
         progress: Progress | None = None,
     ) -> Iterator[PipelineOutput]:
         """Yields one output a batch, as soon as it is done."""
+        for solution in self._solutions(indices, seed, options, batch_size, bf16, progress):
+            latents = self.scaling.unscale(solution.latents)
+            images = [to_pil(image) for image in self.decode(latents, bf16=bf16)]
+            nfe = round(sum(solution.sample_nfe) / len(images))
+            yield PipelineOutput(images, tuple(level.cpu() for level in latents), nfe, solution.sample_nfe)
+
+    def stream_latents(
+        self, indices: list[int], seed: int, options: SolverOptions, *, batch_size: int = 8, bf16: bool = False
+    ) -> Iterator[Pyramid]:
+        """As `stream`, raw latents alone, nothing decoded."""
+        for solution in self._solutions(indices, seed, options, batch_size, bf16, None):
+            yield tuple(level.cpu() for level in self.scaling.unscale(solution.latents))
+
+    def _solutions(
+        self,
+        indices: list[int],
+        seed: int,
+        options: SolverOptions,
+        batch_size: int,
+        bf16: bool,
+        progress: Progress | None,
+    ) -> Iterator[Solution]:
+        """Scaled latents, a batch at a time."""
         if not indices or batch_size < 1:
             raise UserError("num_images and batch_size must be at least 1")
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
             noise = pyramid_noise(self.network.shapes, seed, "sample", chosen)
-            rows = min(batch_size, len(indices))
 
             def draw(step: int, chosen: list[int] = chosen) -> Pyramid:
                 return pyramid_noise(self.network.shapes, seed, f"sample, step {step}", chosen)
 
-            solution = self.solve(noise, options, bf16=bf16, draw=draw, progress=progress, rows=rows)
-            latents = self.scaling.unscale(solution.latents)
-            images = [to_pil(image) for image in self.decode(latents, bf16=bf16)]
-            nfe = round(sum(solution.sample_nfe) / len(chosen))
-            yield PipelineOutput(images, tuple(level.cpu() for level in latents), nfe, solution.sample_nfe)
+            rows = min(batch_size, len(indices))
+            yield self.solve(noise, options, bf16=bf16, draw=draw, progress=progress, rows=rows)
 
     @torch.inference_mode()
     def solve(

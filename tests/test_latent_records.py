@@ -44,10 +44,10 @@ def test_the_latents_drawn_are_mean_plus_deviation_times_noise(finished):
         record = cache.read(rows[item_at(position, len(rows), 4)])
         mean, std = record[:WIDTH], (record[WIDTH:] / 2).exp()
         drawn = torch.randn(WIDTH, generator=generator(4, "posterior", position))
-        latents, at = dataset[position]
+        latents, at, noise = dataset[position]
         torch.testing.assert_close(latents, mean + std * drawn)
         assert torch.equal(modes[position][0], mean)
-        assert at == position
+        assert (at, noise) == (position, None)
 
 
 def test_a_row_has_a_fresh_posterior_sample_each_epoch(finished):

@@ -246,18 +246,27 @@ def network_row(
             raise KeyboardInterrupt
         last = {key: value for line in read_lines(run / "metrics.jsonl") for key, value in line.items()}
         found["losses"] = {key: value for key, value in last.items() if key.startswith(("train_", "held_out_"))}
-    missing = [(s, n) for s in args.solvers for n in args.evaluations if f"{s}_{n}" not in found]
+    scales = args.guidance if config.model.early else [1.0]
+    missing = [
+        (s, n, g) for s in args.solvers for n in args.evaluations for g in scales if measured(s, n, g) not in found
+    ]
     if missing or "rk45_nfe" not in found:
         pipeline = PyramidPipeline.from_pretrained(run).to(inception.device)
-        for solver, number in missing:
+        for solver, number, scale in missing:
             steps = (number + 1) // 2 if solver == "heun" else number  # all but the last of its steps take two
-            features, _ = sample_features(pipeline, inception, args.samples, 1, SolverOptions(solver, steps=steps))
-            found[f"{solver}_{number}"] = reference.distances(features)
+            options = SolverOptions(solver, steps=steps, guidance=scale)
+            features, _ = sample_features(pipeline, inception, args.samples, 1, options)
+            found[measured(solver, number, scale)] = reference.distances(features)
             write_json(kept, found)
         if "rk45_nfe" not in found:
             found["rk45_nfe"] = pipeline(num_images=16, seed=1, solver="rk45", rtol=1e-3, atol=1e-3).nfe
             write_json(kept, found)
     return found
+
+
+def measured(solver: str, evaluations: int, guidance: float = 1.0) -> str:
+    """A result's name."""
+    return f"{solver}_{evaluations}" + ("" if guidance == 1 else f"_guided_{guidance:g}")
 
 
 def network_table(groups: dict[str, list[Result]], solvers: Sequence[str], evaluations: Sequence[int]) -> str:
@@ -349,6 +358,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--samples", type=int, default=256, help="of each row")
         command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
         command.add_argument("--evaluations", nargs="+", type=int, default=[10, 20, 50, 200], help="of each solver")
+        command.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="of rows with model.early")
     args = parser.parse_args(words)
     args.set += [] if args.images is None else [f"train.images={args.images}"]
     return args

@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=folder, required=True, help="folder for PNGs, grid.png and samples.jsonl; of one flow and solver"
     )
+    parser.add_argument(
+        "--pairs", action="store_true", help="write a cache of noise and latents to --out, for train-flow, no pictures"
+    )
     add_solver(parser)
     parser.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
     parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="default: 8")
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
+    from pyramid_ldm.errors import UserError
     from pyramid_ldm.ownership import claim, held, keep_apart
     from pyramid_ldm.pipeline import PyramidPipeline
     from pyramid_ldm.sample import finish_folder, refuse_other_settings, sample_to_folder, settings_of
@@ -40,6 +44,13 @@ def run(arguments: argparse.Namespace) -> bool:
     pipeline = PyramidPipeline.from_pretrained(arguments.flow).to(runtime.device)
     if arguments.compile:
         pipeline.compile()
+    if arguments.pairs:
+        from pyramid_ldm.pairs import draw_pairs
+
+        if arguments.first:
+            raise UserError("--first is for pictures; pairs begin at 0")
+        draw_pairs(pipeline, out, arguments.num, arguments.seed, options, runtime, batch_size=arguments.batch_size)
+        return True
     settings = settings_of(pipeline, options, runtime.bf16)
     if runtime.main:
         claim(out, "samples", "--out", settings=settings)

@@ -98,6 +98,8 @@ class FlowDataConfig(Section):
     # A run or model of stage one, or the config of one without parameters.
     autoencoder: str | None = key(None, path=True, may_change=True)
     workers: int = key(2, at_least=0, at_most=1024, may_change=True)
+    # Of pairs of noise and latents: deviation of fresh noise on what the network sees, against learning them by heart.
+    jitter: float = key(0.0, at_least=0, at_most=1)
     posterior: str = key("sample", choices=("sample", "mode"))  # what a mean and log-variance become
     # Of photographs; as in `train-ae`, where they are explained. null: as the autoencoder's run has them, so that both
     # stages hold out the same; 0.05 and false where it has none.
@@ -245,6 +247,8 @@ class FlowTraining(Section):
     scaling: str = key("unit", choices=("unit", "paper", "channel"))
     model: NCSNppConfig = key(NCSNppConfig)
     data: FlowDataConfig = key(FlowDataConfig)
+    # A run of the same network to begin with: its average of width ema.export, its latents' scale.
+    init: str | None = key(None, path=True, may_change=True)
     process: str = key("rectified_flow", choices=PROCESSES)
     # How training draws its times' quantiles; low_discrepancy: evenly over any stretch of images.
     times: str = key("independent", choices=("independent", "low_discrepancy"))

@@ -1,4 +1,4 @@
-"""What travels from the data to the loss. Noise and time are drawn there, by position."""
+"""What travels from the data to the loss. Time is drawn there, by position, and noise, where it is not given."""
 
 from dataclasses import dataclass, field
 
@@ -26,6 +26,7 @@ class Batch(Travelling):
     positions: list[int]
     pixels: Tensor | None = None  # (B, H, W, 3) uint8
     latents: Tensor | None = None  # (B, D) raw, all levels in one row
+    noise: Tensor | None = None  # (B, D): what these latents were drawn from
     condition: Condition = field(default_factory=Condition)
     files: list[str] = field(default_factory=list)
     bad: list[BadFile] = field(default_factory=list)  # what was skipped on the way

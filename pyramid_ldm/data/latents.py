@@ -8,12 +8,16 @@ from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.data.order import item_at
 from pyramid_ldm.data.shards import LatentCache
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.pyramid import Pyramid, flatten
+from pyramid_ldm.pyramid import Pyramid, flatten, pyramid_noise
 from pyramid_ldm.randomness import generator
 
 
-class LatentRecords(Dataset[tuple[Tensor, int]]):
-    """Stage two's data by position of the run: item p is (raw latents (D,), p).
+Item = tuple[Tensor, int, Tensor | None]
+
+
+class LatentRecords(Dataset[Item]):
+    """Stage two's data by position of the run: item p is (raw latents (D,), p, the noise that a flow drew them from or
+    None).
 
     Everything random at p is a function of (seed, p): the row and the posterior sample.
     """
@@ -23,23 +27,28 @@ class LatentRecords(Dataset[tuple[Tensor, int]]):
             raise UserError(f"{cache.directory}: holds no record to train on; encode more photographs")
         self.cache, self.rows, self.seed, self.posterior, self.shuffle = cache, rows, seed, posterior, shuffle
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+    def __getitem__(self, position: int) -> Item:
         place = item_at(position, len(self.rows), self.seed) if self.shuffle else position % len(self.rows)
-        record = self.cache.read(self.rows[place])
+        record, noise = self.cache.read(self.rows[place]), None
+        plan = self.cache.plan
+        if plan.pairs:
+            index = int(self.cache.rows[self.rows[place]].source)
+            noise = flatten(pyramid_noise(plan.shapes(), plan.seed, "sample", [index]))[0]
         if self.cache.plan.has_variance:
             mean, log_variance = record.chunk(2)
             if self.posterior == "sample":
-                noise = torch.randn(mean.shape, generator=generator(self.seed, "posterior", position))
-                mean = mean + (0.5 * log_variance).exp() * noise
+                drawn = torch.randn(mean.shape, generator=generator(self.seed, "posterior", position))
+                mean = mean + (0.5 * log_variance).exp() * drawn
         else:
             mean = record
-        return mean, position
+        return mean, position, noise
 
 
-def collate_latents(items: list[tuple[Tensor, int]]) -> Batch:
+def collate_latents(items: list[Item]) -> Batch:
     """Items of `LatentRecords` to one batch."""
-    latents, positions = zip(*items, strict=True)
-    return Batch(list(positions), latents=torch.stack(latents))
+    latents, positions, noise = zip(*items, strict=True)
+    given = None if noise[0] is None else torch.stack(noise)
+    return Batch(list(positions), latents=torch.stack(latents), noise=given)
 
 
 def make_record(mean: Pyramid, log_variance: Pyramid | None, dtype: str) -> Tensor:

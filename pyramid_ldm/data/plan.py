@@ -34,11 +34,16 @@ class Plan:
     validation: float
     seed: int
     shard_size: int
+    # How a flow drew the latents from noise `row` of the seed; empty: they are of photographs.
+    pairs: str = ""
     upscale: bool = True  # whether photographs smaller than image_size are in it, enlarged
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; a level as [factor, channels]."""
-        return asdict(self) | {"levels": [[level.factor, level.channels] for level in self.levels]}
+        values = asdict(self) | {"levels": [[level.factor, level.channels] for level in self.levels]}
+        if not self.pairs:  # as older caches have it
+            del values["pairs"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":

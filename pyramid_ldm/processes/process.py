@@ -195,16 +195,25 @@ class Process(ABC):
         )
 
     def loss(
-        self, network: Network, data: Pyramid, noise: Pyramid, t: Tensor, condition: Condition | None = None
+        self,
+        network: Network,
+        data: Pyramid,
+        noise: Pyramid,
+        t: Tensor,
+        condition: Condition | None = None,
+        jitter: Pyramid | None = None,
     ) -> Loss:
         """Sum over levels of weight_i * error_i at t (B,); the error is a mean of squares, or `multiscale`'s sum.
 
         Args:
-            data, noise: clean, and independent standard normal; (B, C_i, H_i, W_i) a level.
+            data, noise: clean, and standard normal; (B, C_i, H_i, W_i) a level.
+            jitter: added to what the network sees, and to nothing else.
         """
         noise = self.correlated(noise)
         alphas, sigmas = self.all_coefficients(t, len(data))
         noisy = self.interpolate(data, noise, t)
+        if jitter is not None:
+            noisy = tuple(z + j for z, j in zip(noisy, jitter, strict=True))
         context = replace(self.context(noisy, t, condition or Condition()), early=True)
         output = self._evaluate(network, noisy, alphas, sigmas, context)
         output, early = output[: len(data)], output[len(data) :]

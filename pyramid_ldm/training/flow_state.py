@@ -83,11 +83,17 @@ def accumulate(
     positions: list[int],
     condition: Condition,
     config: FlowTraining,
+    given: Pyramid | None = None,
 ) -> dict[str, Tensor]:
-    """One micro-batch of raw latents: adds its gradient. Noise and time are those of the positions."""
+    """One micro-batch of raw latents: adds its gradient. Noise and time are those of the positions; `given`: the noise
+    that the latents were drawn from, instead."""
     assert state.scaling is not None
     noise, t = draw(process, state.network.shapes, positions, config.seed, raw[0].device, config.times)
-    loss = process.loss(model, state.scaling.scale(raw), noise, t, condition)
+    jitter = None
+    if given is not None:
+        jitter = tuple(config.data.jitter * level for level in noise) if config.data.jitter else None
+        noise = given
+    loss = process.loss(model, state.scaling.scale(raw), noise, t, condition, jitter)
     (loss.total / config.train.accumulate).backward()
     return {"loss": loss.total} | named_levels(state.network, loss.levels)
 

@@ -1,5 +1,6 @@
 """Where stage two's latents come from: a cache of them, or photographs that are encoded on the way."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -53,6 +54,10 @@ class Source(ABC):
     @abstractmethod
     def latents(self, batch: Batch) -> Pyramid:
         """Raw latents of a batch, on the device."""
+
+    def noise(self, batch: Batch) -> Pyramid | None:
+        """What these latents were drawn from, where that is known, on the device."""
+        return None
 
     @abstractmethod
     def scaling(self, mode: str) -> LatentScaling:
@@ -121,8 +126,17 @@ class CachedLatents(Source):
         flat = batch.latents.to(self.runtime.device, non_blocking=True)
         return unflatten(flat, level_shapes(self.levels, self.cache.plan.image_size))
 
+    def noise(self, batch: Batch) -> Pyramid | None:
+        """Of pairs."""
+        if batch.noise is None:
+            return None
+        flat = batch.noise.to(self.runtime.device, non_blocking=True)
+        return unflatten(flat, level_shapes(self.levels, self.cache.plan.image_size))
+
     def scaling(self, mode: str) -> LatentScaling:
-        """Exact, over the cache."""
+        """Exact, over the cache; of pairs that of the flow that drew them."""
+        if self.cache.plan.pairs:
+            return LatentScaling.from_dict(json.loads(self.cache.plan.pairs)["scaling"])
         return self.cache.scaling(mode)
 
     def identity(self) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pipeline import PyramidPipeline
 from pyramid_ldm.processes.build import build_process
 from pyramid_ldm.processes.solvers import SolverOptions
-from pyramid_ldm.pyramid import level_shapes
+from pyramid_ldm.pyramid import LatentScaling, level_shapes
 from pyramid_ldm.training.checkpoint import load_newest
+from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.flow_state import State, accumulate, build_state, draw, named_levels
 from pyramid_ldm.training.log import RunLog
 from pyramid_ldm.training.loop import Stage, train
@@ -81,9 +82,9 @@ class FlowStage(Stage):
     def accumulate(self, batch: Batch) -> dict[str, Tensor]:
         """One micro-batch: adds its gradient."""
         with self.runtime.autocast():
-            raw = self.source.latents(batch)
+            raw, given = self.source.latents(batch), self.source.noise(batch)
             return accumulate(
-                self.process, self.model, self.state, raw, batch.positions, batch.condition, self.config
+                self.process, self.model, self.state, raw, batch.positions, batch.condition, self.config, given
             )  # fmt: skip
 
     def step(self, before: int) -> bool:
@@ -128,6 +129,7 @@ class FlowStage(Stage):
             with self.runtime.autocast():
                 raw = self.source.latents(batch)
                 noise, t = draw(process, network.shapes, batch.positions, self.config.seed, raw[0].device)
+                noise = self.source.noise(batch) or noise
                 loss = process.loss(network, pipeline.scaling.scale(raw), noise, t, Condition())
             found.append(loss.levels)
         return torch.stack(found).mean(dim=0)
@@ -159,9 +161,30 @@ def resume(config: FlowTraining, source: Source, state: State, run: Path, runtim
         refuse_other_latents(run, state.cache, source)
     else:
         state.scaling, state.cache = source.scaling(config.scaling), source.identity()
+        if config.init is not None:
+            begin_with(Path(config.init), config, state)
     state.images_per_step = per_step(config.train, runtime)
     record_start(run, config, runtime, state.images_seen, f"{state.cache['data']}-{state.cache['autoencoder']}")
     return skipped
+
+
+def begin_with(parent: Path, config: FlowTraining, state: State) -> None:
+    """The parent's averaged weights and its latents' scale into `state`, averages included. UserError where it is no
+    run, or of another network."""
+    found, _ = load_newest(parent)
+    if found is None or "network" not in found:
+        raise UserError(f"init={parent}: holds no checkpoint of train-flow; give its run directory")
+    width = f"{config.ema.export:g}"
+    if width not in found["ema"]:
+        raise UserError(f"init={parent}: has averages of width {', '.join(found['ema'])}, not ema.export={width}")
+    weights = found["network"] | found["ema"][width]
+    own = state.network.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights or own[name].shape != weights[name].shape:
+            raise UserError(f"init={parent}: is a run of another network ({name}); take over its `model` section")
+    state.network.load_state_dict(weights)
+    state.scaling = LatentScaling.from_dict(found["scaling"])
+    state.ema = PowerEma(state.network, config.ema.widths)
 
 
 def refuse_other_latents(run: Path, before: dict[str, Any], source: Source) -> None:
