@@ -350,6 +350,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--samples", type=int, default=256, help="of each row")
             command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
             command.add_argument("--evaluations", nargs="+", type=int, default=[20], help="of each solver")
+            command.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="needs flows with model.early")
             continue
         command.add_argument("--recipe", type=Path, default=TOOLS / "flow.yaml", help="a config of train-flow")
         command.add_argument("--shards", type=Path, required=True, help="a cache made by `pyramid-ldm encode`")

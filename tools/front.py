@@ -59,12 +59,19 @@ class Front:
             for name in self.args.rows:
                 groups.setdefault(name, []).append(self.row(name, seed))
                 thumbnails = self.thumbnails(groups[name][0]["values"])
-                ablate.report(self.args.out / "table.md", table(groups, thumbnails, self.drawn(), self.notes()))
-                draw(groups, thumbnails, self.drawn()[0], self.args.out / "front.png")
+                drawn = list(self.drawn())
+                ablate.report(self.args.out / "table.md", table(groups, thumbnails, drawn, self.notes()))
+                draw(groups, thumbnails, drawn[-1], self.args.out / "front.png")
 
-    def drawn(self) -> list[str]:
+    def drawn(self) -> dict[str, SolverOptions]:
         """What samples are drawn by."""
-        return [f"{solver}_{number}" for solver in self.args.solvers for number in self.args.evaluations]
+        args = self.args
+        return {
+            ablate.measured(solver, number, scale): SolverOptions(solver, steps=number, guidance=scale)
+            for solver in args.solvers
+            for number in args.evaluations
+            for scale in args.guidance
+        }
 
     def notes(self) -> str:
         """What the figures depend on."""
@@ -146,12 +153,10 @@ class Front:
         if missing or not (run / "samples.png").is_file():
             pipeline = PyramidPipeline.from_pretrained(run / "flow", rebuild).to(self.inception.device)
             for each in missing:
-                solver, number = each.rsplit("_", 1)
-                steps = SolverOptions(solver, steps=int(number))
-                features, _ = sample_features(pipeline, self.inception, args.samples, 1, steps)
+                features, _ = sample_features(pipeline, self.inception, args.samples, 1, self.drawn()[each])
                 found[each] = self.reference.distances(features)
                 write_json(kept, found)
-            drawn = pipeline(num_images=SHOWN, seed=1, solver="abm2", batch_size=SHOWN)
+            drawn = pipeline(num_images=SHOWN, seed=1, guidance=args.guidance[-1], batch_size=SHOWN)
             grid(drawn.images, 8).save(run / "samples.png")
         return found
 
