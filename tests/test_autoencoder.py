@@ -34,6 +34,8 @@ VARIANTS = {
     "unshuffle, skip": {"encoder__pooling": "unshuffle", "skip": "skip"},
     "group norms": {"norm": "group"},
     "no norms": {"norm": "none"},
+    "thumbnail": {"levels": ((16, 6), (8, 12)), "base": "thumbnail"},
+    "thumbnail, patches": {"levels": ((16, 6), (8, 3)), "base": "thumbnail", "patch": 4, "norm": "none"},
     "patches of 2": {"patch": 2},
     "patches of 8, no norms": {"patch": 8, "norm": "none"},
     "patches of 4, skip none": {"patch": 4, "skip": "none"},

@@ -27,6 +27,8 @@ CONFIGS = {
     "patches of four": {"levels": ((32, 6), (4, 4)), "attention__max_tokens": 0, "patch": 4, "norm": "none"},
     "patches, bilinear": {"levels": ((16, 4), (8, 4)), "patch": 4, "decoder__upsampling": "bilinear"},
     "patches without skips": {"levels": ((16, 4),), "attention__max_tokens": 32, "patch": 4, "skip": "none"},
+    "thumbnail": {"levels": ((32, 6), (8, 12)), "attention__max_tokens": 16, "base": "thumbnail", "norm": "none"},
+    "thumbnail, patches": {"levels": ((16, 4), (8, 48)), "patch": 4, "base": "thumbnail", "skip": "residual"},
     "one level": {"levels": ((1, 4),), "attention__max_tokens": 0},
 }
 ALL_GLOBAL = {"levels": ((8, 4),), "attention__max_tokens": 1 << 20}

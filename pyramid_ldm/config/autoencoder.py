@@ -86,6 +86,8 @@ class AutoencoderConfig(Section):
     norm: str = key("pixel", choices=("pixel", "none", "group"))
     # Pixels a side of the blocks that the encoder begins with and the decoder ends with; 1: the pixels themselves (PDM).
     patch: int = key(1, at_least=1, at_most=16)
+    # What the finest latent and the image begin as: nothing, or a thumbnail, to which the networks add.
+    base: str = key("none", choices=("none", "thumbnail"))
     encoder: EncoderConfig = key(EncoderConfig)
     decoder: DecoderConfig = key(DecoderConfig)
     attention: AttentionConfig = key(AttentionConfig)
@@ -110,6 +112,10 @@ class AutoencoderConfig(Section):
         require(
             self.patch & (self.patch - 1) == 0 and self.patch <= finest,
             f"model.patch is {self.patch}; choose a power of two up to the finest latent's factor, {finest}",
+        )
+        require(
+            self.base == "none" or (self.latent == "kl" and self.levels[-1].channels >= 3),
+            "model.base=thumbnail needs latent=kl and at least three channels at the finest level",
         )
         depth = (coarsest // self.patch).bit_length()
         for name, widths in (("encoder", self.encoder.widths), ("decoder", self.decoder.widths)):

@@ -55,6 +55,7 @@ class PyramidAutoencoder(nn.Module):
             head_channels=config.attention.head_channels,
             softmax_tokens=config.attention.softmax_tokens,
             spectral_norm=config.encoder.spectral_norm,
+            base=config.base,
             checkpoint_factors=config.checkpoint_factors,
         )
         self.decoder = PyramidDecoder(
@@ -74,6 +75,7 @@ class PyramidAutoencoder(nn.Module):
             coarse_init=config.decoder.coarse_init,
             norm=config.norm,
             patch=config.patch,
+            base=config.base,
             checkpoint_factors=config.checkpoint_factors,
         )
         self.quantizers = nn.ModuleList()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyramid_ldm.autoencoders.pyramid.encoder import Thumbnail
 from pyramid_ldm.autoencoders.pyramid.regions import Regions, Step, plan
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import build_norm, conv2d, dropout_schedule, float32_conv2d
@@ -189,6 +190,7 @@ class PyramidDecoder(nn.Module):
         norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
             sees the whole image everywhere.
         upsampling, zero_init: see DecoderConfig.
+        base: "thumbnail": RGB begins as what the finest latent says of a reduced image, and no resolution adds to it.
         coarse_init: scale at first, where a latent enters, of what comes up from coarser levels: 1 would hide it.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
@@ -212,9 +214,11 @@ class PyramidDecoder(nn.Module):
         zero_init: bool = True,
         coarse_init: float = 0.1,
         patch: int = 1,
+        base: str = "none",
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.base = Thumbnail(levels[-1]) if base == "thumbnail" else None
         channels = {level.factor: level.channels for level in levels}
         factors = [patch << i for i in reversed(range(len(widths)))]  # coarse to fine, as the latents
         rates = dropout_schedule(len(factors), dropout)
@@ -266,6 +270,10 @@ class PyramidDecoder(nn.Module):
                     patch=patch if factor == patch else 1,
                 )
             )
+        if self.base is not None:
+            for level in self.levels:
+                if level.to_rgb is not None:
+                    nn.init.zeros_(level.to_rgb.conv.weight)
         while factors[-1] > 1:
             factors.append(factors[-1] // 2)
             self.levels.append(ShuffleLevel())
@@ -356,6 +364,7 @@ class PyramidDecoder(nn.Module):
         """Some levels, coarse to fine: features and RGB (where it leaves already) of the one before to those of the
         last. With `steps`, one a level, in part."""
         by_factor = dict(zip(self.latent_factors, latents, strict=True))
+        small = None if self.base is None else self.base.back(latents[-1])
         for n, i in enumerate(levels):
             level, factor = cast(DecoderLevel, self.levels[i]), self.factors[i]
             step = None if steps is None else steps[n]
@@ -371,5 +380,8 @@ class PyramidDecoder(nn.Module):
                     h = addition
                 else:
                     rgb = addition if rgb is None else rgb + addition
+            if small is not None and self.base is not None and factor == self.base.factor:
+                entering = small if step is None else step.latent(small)
+                rgb = entering if rgb is None else rgb + entering
         assert h is not None, "there is at least one level"
         return h, rgb

@@ -18,6 +18,26 @@ INITIAL_LOG_VARIANCE = -6.0
 POOLING = {"average": box_down, "max": max_down, "unshuffle": unshuffle_down}
 
 
+class Thumbnail:
+    """The first channels of the finest latent as an image: a reduced one, in blocks of `side` x `side` pixels."""
+
+    SCALE = 2.0  # images have a deviation of about a half
+
+    def __init__(self, finest: Level) -> None:
+        self.side = 1
+        while 3 * (2 * self.side) ** 2 <= finest.channels and 2 * self.side <= finest.factor:
+            self.side *= 2
+        self.channels, self.factor = 3 * self.side**2, finest.factor // self.side
+
+    def of(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, channels, H / f, W / f)."""
+        return self.SCALE * F.pixel_unshuffle(F.avg_pool2d(image.float(), self.factor), self.side)
+
+    def back(self, latent: Tensor) -> Tensor:
+        """The finest latent (B, C, H / f, W / f) -> the reduced image, (B, 3, H / factor, W / factor)."""
+        return F.pixel_shuffle(latent[:, : self.channels].float() / self.SCALE, self.side)
+
+
 class LatentHead(nn.Module):
     """Features to a latent's moments; exempt from spectral norm, which would bound the latent's scale.
 
@@ -34,6 +54,11 @@ class LatentHead(nn.Module):
         if moments == 2:
             assert self.conv.bias is not None
             nn.init.constant_(self.conv.bias[channels:], INITIAL_LOG_VARIANCE)
+
+    def begin_at_zero(self, channels: int) -> None:
+        """The first means are zero, for something else to be added to."""
+        for conv in filter(None, (self.conv, self.linear)):
+            nn.init.zeros_(conv.weight[:channels].data)
 
     def forward(self, x: Tensor) -> Tensor:
         moments: Tensor = self.conv(norm_silu(self.norm, x))
@@ -112,7 +137,8 @@ class PyramidEncoder(nn.Module):
         patch: pixels a side of the blocks whose pixels the first convolution sees as channels.
         image_patch: how many times finer, each way, than its level the image is that a `from_rgb` sees, blocks of its
             pixels as channels; 1: one pooled pixel a position (PDM, StyleGAN2).
-        norm: "pixel" or "group".
+        norm: "pixel", "none" or "group".
+        base: "thumbnail": a reduced image is added to the finest latent (see `Thumbnail`), which begins as that.
         pooling: "average", "max", or "unshuffle" (2x2 blocks to channels: the convolution sees all of them).
         linear_heads: a latent is also a linear function of the features, not of the normalised ones alone.
         checkpoint_factors: resolutions recomputed in the backward pass.
@@ -136,9 +162,11 @@ class PyramidEncoder(nn.Module):
         head_channels: int = 64,
         softmax_tokens: int = 4096,
         spectral_norm: bool = True,
+        base: str = "none",
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
+        self.base = Thumbnail(levels[-1]) if base == "thumbnail" else None
         channels = {level.factor: level.channels for level in levels}
         factors = [patch << i for i in range(len(widths))]
         self.stem = conv2d(3 * patch**2, widths[0], spectral_norm=spectral_norm)
@@ -166,10 +194,14 @@ class PyramidEncoder(nn.Module):
             )
             for i, width in enumerate(widths)
         )
+        if self.base is not None:
+            head = next(level.head for level in self.levels if level.head is not None)
+            head.begin_at_zero(self.base.channels)
 
     def forward(self, image: Tensor) -> Pyramid:
         """(B, 3, H, W) in [-1, 1] -> moments of each latent level, coarse to fine, (B, moments * C_i, H/f_i, W/f_i)."""
-        found = []
+        found: list[Tensor] = []
+        small = None if self.base is None else self.base.of(image)
         h, finer = self.stem(F.pixel_unshuffle(image, self.patch)), self.patch  # times finer than the level `image` is
         for level, patch, recompute in zip(self.levels, self.patches, self.checkpointed, strict=True):
             while finer > patch:
@@ -181,5 +213,7 @@ class PyramidEncoder(nn.Module):
                 moments, h = level(h, seen)
             finer *= 2
             if moments is not None:
+                if small is not None and not found:
+                    moments = moments + F.pad(small, (0, 0, 0, 0, 0, moments.shape[1] - small.shape[1]))
                 found.append(moments)
         return tuple(reversed(found))
