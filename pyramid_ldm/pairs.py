@@ -61,7 +61,9 @@ def draw_pairs(
             for n in mine:
                 indices = list(range(starts[n], starts[n] + sizes[n]))
                 records = []
-                for latents in pipeline.stream_latents(indices, seed, options, batch_size=batch_size, bf16=runtime.bf16):
+                for latents in pipeline.stream_latents(
+                    indices, seed, options, batch_size=batch_size, bf16=runtime.bf16
+                ):
                     records.append(make_record(latents, None, plan.dtype))
                     progress.advance(len(latents[0]))
                 rows = [Row(str(index), False, 0, split_of(index)) for index in indices]

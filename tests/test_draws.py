@@ -30,7 +30,9 @@ def test_low_discrepancy_times_lie_evenly_over_any_stretch():
 
 def test_low_discrepancy_times_belong_to_their_position_and_are_uniform():
     together = times("low_discrepancy", range(COUNT))
-    assert torch.equal(together[100:110], torch.cat([times("low_discrepancy", range(p, p + 1)) for p in range(100, 110)]))
+    assert torch.equal(
+        together[100:110], torch.cat([times("low_discrepancy", range(p, p + 1)) for p in range(100, 110)])
+    )
     assert together.histc(10, 0, 1).sub(COUNT / 10).abs().max() < 5
     assert together.min() >= 1e-3
     assert together.max() <= 1

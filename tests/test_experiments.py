@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import ablate  # noqa: E402
+import baselines  # noqa: E402
 import compare  # noqa: E402
+import front  # noqa: E402
 
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, load_config  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
@@ -44,7 +46,8 @@ def row(stage, name):
 @tools
 def test_every_row_is_another_network_or_loss_on_as_many_values():
     levels = [Level(64, 16), Level(16, 8), Level(8, 4), Level(4, 1)]  # the demo's
-    for stage, rows in ablate.ROWS.items():
+    for stage in ("autoencoder", "network"):
+        rows = ablate.ROWS[stage]
         default = to_yaml(row(stage, "default"))
         for name in rows:
             config = row(stage, name)
@@ -53,6 +56,74 @@ def test_every_row_is_another_network_or_loss_on_as_many_values():
                 assert latent_values(config.model.levels, config.image_size) == 512, name
             else:
                 config.resolve([64, 64], levels)
+
+
+@tools
+def test_every_row_of_both_stages_is_another_one_of_as_many_values():
+    demo = [ROOT / f"{kind}_configs" / "demo.yaml" for kind in ("autoencoder", "diffusion")]
+    seen = set()
+    for name, row in ablate.ROWS["both"].items():
+        row = row or {}
+        config = load_config(AutoencoderTraining, demo[0], [*row.get("autoencoder", []), "run_dir=r", "data.root=d"])
+        flow = load_config(FlowTraining, demo[1], [*row.get("flow", []), *STAGE_TWO])
+        flow.resolve(config.image_size, config.model.levels)
+        assert 630 < latent_values(config.model.levels, config.image_size) <= 656, name
+        assert baselines.builder(row.get("network", "ours"))(config.model).levels == config.model.levels
+        seen.add(to_yaml(config) + to_yaml(flow) + row.get("network", ""))
+    assert len(seen) == len(ablate.ROWS["both"])
+
+
+@tools
+def test_a_row_of_both_stages_is_judged_by_both_and_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    photographs, others = (folder for folder in (tmp_path / "photographs", tmp_path / "others"))
+    for folder, numbers in ((photographs, range(6)), (others, range(10, 15))):
+        folder.mkdir()
+        for i in numbers:
+            Image.fromarray(render_landscape(i, 64, 64)).save(folder / f"{i}.png")
+    words = ["both", "--data", str(photographs), "--reference", str(others), "--inception", "none.pt", "--out",
+             str(tmp_path / "out"), "--rows", "plain network", "linear codec", "--samples", "3", "--evaluations", "2",
+             "--set", "train.images=4", "train.batch_size=2", "log.examined=1", "data.validation=0.2",
+             "--set-flow", "train.images=4", "train.batch_size=2", "log.pictures=1", "samples.steps=2"]  # fmt: skip
+    monkeypatch.setattr(frechet, "Inception", Colours)
+    monkeypatch.setattr(train_flow, "EXAMINED", 4)
+    monkeypatch.setattr(ablate, "CROPS", 4)
+    monkeypatch.setattr(baselines, "FIT", (5, 4))
+    for name, levels in (("plain network", 4), ("linear codec", 5)):
+        monkeypatch.setitem(ablate.ROWS["both"][name], "flow", ["model.early=true", f"model.widths={[8] * levels}"])
+    assert ablate.main([*words, "--guidance", "1", "2"]) == 0
+    table = (tmp_path / "out" / "table.md").read_text()
+    lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert lines[2:] == ["plain network", "linear codec", "bicubic thumbnail"]
+    assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+    assert "KID x 1000, euler 2 | KID x 1000, euler 2 guided 2 |" in table
+    assert (tmp_path / "out" / "front.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "plain-network-0" / "samples.png").is_file()
+    monkeypatch.setattr(front, "train_autoencoder", None)  # what is done is not done again
+    monkeypatch.setattr(front, "train_flow", None)
+    assert ablate.main([*words, "--guidance", "1", "2"]) == 0
+    assert (tmp_path / "out" / "table.md").read_text() == table
+
+
+@tools
+def test_the_linear_codec_fits_what_it_is_made_of():
+    """Images of few cosines are said exactly; and its halves are an autoencoder of ours, whole or in part."""
+    config = AutoencoderConfig(
+        image_size=[32, 32], levels=[Level(16, 3), Level(8, 6)], encoder=EncoderConfig([4] * 5),
+        decoder=DecoderConfig([4] * 5), attention=AttentionConfig(max_tokens=0),
+    )  # fmt: skip
+    codec = baselines.LinearCodec(config)
+    torch.manual_seed(0)
+    colours = torch.nn.functional.interpolate(torch.randn(64, 3, 2, 2), scale_factor=16, mode="bilinear")
+    before = codec.fit(lambda step: colours[:16], steps=0)
+    error = codec.fit(lambda step: colours[16 * (step % 4) : 16 * (step % 4) + 16], steps=60)
+    assert not before > 0
+    assert error < 2e-3
+    latents = codec.encode(colours[:2]).mode()
+    assert [tuple(z.shape) for z in latents] == [(2, 3, 2, 2), (2, 6, 4, 4)]
+    decoded = codec.decode(latents)
+    assert (decoded - colours[:2]).square().mean() < 5e-3
+    torch.testing.assert_close(codec.decode(latents, (3, 5, 8, 9)), decoded[:, :, 3:11, 5:14])
 
 
 class Colours:
@@ -144,7 +215,7 @@ def build_peer(family, factor, channels, width):
         decoder=DecoderConfig(widths), attention=AttentionConfig(max_tokens=0),
     )  # fmt: skip
     torch.manual_seed(0)
-    return compare.PeerAutoencoder(config, family, width)
+    return baselines.PeerAutoencoder(config, family, width)
 
 
 @tools
@@ -256,7 +327,9 @@ def test_every_switch_that_is_documented_is_a_key():
     text = (ROOT / "docs" / "EXPERIMENTS.md").read_text()
     table = text[text.index("## The switches") :]
     named = re.findall(r"`([a-z_.]+)`", "".join(line.split("|")[2] for line in table.splitlines() if "|" in line))
-    known = {key for stage in ablate.ROWS for key in keys_of(yaml.safe_load(to_yaml(row(stage, "default"))))}
+    known = {
+        key for stage in ("autoencoder", "network") for key in keys_of(yaml.safe_load(to_yaml(row(stage, "default"))))
+    }
     assert len(named) > 20
     assert set(named) <= known
 

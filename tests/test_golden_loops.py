@@ -51,7 +51,18 @@ def runs(tmp_path_factory, photographs) -> dict[str, Path]:
     for name, extra in (("kl", []), ("vq", ["model.latent=vq", "model.codebook_size=16"])):
         words = ["train-ae", home / "ae.yaml", data, f"run_dir={home / name}", *SHARED, *GAN, *extra]
         assert main([str(word) for word in words]) == 0
-    words = ["encode", home / "kl", "--data", photographs, "--out", home / "latents", "--workers", 0, "--precision", "fp32"]
+    words = [
+        "encode",
+        home / "kl",
+        "--data",
+        photographs,
+        "--out",
+        home / "latents",
+        "--workers",
+        0,
+        "--precision",
+        "fp32",
+    ]
     assert main([str(word) for word in words]) == 0
     words = ["train-flow", home / "flow.yaml", f"data.shards={home / 'latents'}", f"run_dir={home / 'flow'}", *SHARED]
     assert main([str(word) for word in words]) == 0

@@ -123,7 +123,9 @@ def test_what_is_said_early_knows_nothing_of_the_way_up():
     network = randomise(tiny_network(early=True), 0.05)
     early = network(latents(network), replace(at(0.4, 0.7), early=True))[2:]
     sum(level.square().sum() for level in early).backward()
-    moved = {name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    moved = {
+        name.split(".")[0] for name, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert "up_levels" not in moved
     assert {"down_levels", "branches", "input", "time"} <= moved
 

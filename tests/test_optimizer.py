@@ -62,7 +62,11 @@ def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adam(layout):
         with torch.no_grad():
             for name, p in oracle.named_parameters():
                 if name in flat:
-                    new = flat[name].unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2) if p.ndim == 4 else flat[name]
+                    new = (
+                        flat[name].unflatten(1, (*p.shape[2:], p.shape[1])).permute(0, 3, 1, 2)
+                        if p.ndim == 4
+                        else flat[name]
+                    )
                     p.copy_(new)
     for name, p in oracle.named_parameters():
         # A permutation of columns permutes the orthogonal matrix; sums in bfloat16 run in another order.
@@ -96,7 +100,9 @@ def test_it_goes_on_where_it_was_saved():
 
 
 def test_small_matrices_embeddings_and_gains_stay_with_adam():
-    network = nn.ModuleList([nn.Embedding(64, 64), nn.Conv2d(3, 64, 3), nn.Conv2d(64, 3, 3), nn.GroupNorm(4, 64), nn.Linear(32, 32)])
+    network = nn.ModuleList(
+        [nn.Embedding(64, 64), nn.Conv2d(3, 64, 3), nn.Conv2d(64, 3, 3), nn.GroupNorm(4, 64), nn.Linear(32, 32)]
+    )
     optimizer = muon_of(network)
     assert [id(p) for p in optimizer.matrices] == [id(network[4].weight)], "27 columns, three rows, no layer"
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))

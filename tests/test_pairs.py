@@ -75,7 +75,9 @@ def test_training_on_pairs_learns_the_way_from_their_noise(home, tmp_path, monke
     teacher, _ = load_newest(home / "flow")
     student, _ = load_newest(tmp_path / "reflow")
     assert student["scaling"] == teacher["scaling"]
-    noise = flatten(pyramid_noise(PyramidPipeline.from_pretrained(home / "flow").network.shapes, 5, "sample", range(40)))
+    noise = flatten(
+        pyramid_noise(PyramidPipeline.from_pretrained(home / "flow").network.shapes, 5, "sample", range(40))
+    )
     for _, used, jitter in seen[:2]:
         for row in used:
             assert (noise == row).all(dim=1).any(), "noise of one of the pairs"
@@ -99,7 +101,10 @@ def test_a_run_begins_with_anothers_average(home, finished, tmp_path):
     [
         (["init=nowhere"], "init=nowhere: holds no checkpoint of train-flow"),
         (["init={home}/flow", "model.widths=[16, 24]"], "is a run of another network"),
-        (["init={home}/flow", "ema.widths=[0.2]", "ema.export=0.2"], "has averages of width 0.05, 0.1, not ema.export=0.2"),
+        (
+            ["init={home}/flow", "ema.widths=[0.2]", "ema.export=0.2"],
+            "has averages of width 0.05, 0.1, not ema.export=0.2",
+        ),
     ],
 )
 def test_what_cannot_begin_a_run_is_one_line(home, finished, tmp_path, capsys, words, message):

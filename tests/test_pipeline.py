@@ -184,7 +184,7 @@ def test_a_compiled_network_draws_the_same_images(directory, solver):
 
 
 def test_guidance_is_for_networks_that_speak_early(directory, tmp_path):
-    with pytest.raises(UserError, match="guidance is 2; this network was trained without model.early"):
+    with pytest.raises(UserError, match=r"guidance is 2; this network was trained without model\.early"):
         PyramidPipeline.from_pretrained(directory)(1, guidance=2.0)
     scaling = LatentScaling(((0.0,) * 6, (0.0,) * 4), ((1.0,) * 6, (1.0,) * 4))
     network = randomise(tiny_network(early=True), 0.05)
@@ -197,4 +197,6 @@ def test_twenty_steps_of_abm2_unless_told_otherwise(directory):
     output = PyramidPipeline.from_pretrained(directory)(1)
     assert output.nfe == 20
     assert SolverOptions().record(False) == {"solver": "abm2", "steps": 20, "precision": "flow fp32, decoder fp32"}
-    assert [SolverOptions(name).count for name in ("euler", "ddim", "ancestral", "heun", "dpmpp_2m")] == [200] * 3 + [20] * 2
+    assert [SolverOptions(name).count for name in ("euler", "ddim", "ancestral", "heun", "dpmpp_2m")] == [200] * 3 + [
+        20
+    ] * 2

@@ -342,7 +342,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             configs = [TOOLS.parent / f"{each}_configs" / "demo.yaml" for each in ("autoencoder", "diffusion")]
             command.add_argument("--data", type=Path, required=True, help="photographs to train on")
             command.add_argument("--vgg", help="VGG-16 weights, to measure LPIPS and for recipes that want it")
-            command.add_argument("--crops", type=int, default=0, help="of each photograph, for the flow; 0: centre crops")
+            command.add_argument(
+                "--crops", type=int, default=0, help="of each photograph, for the flow; 0: centre crops"
+            )
             command.add_argument("--recipes", nargs=2, type=Path, default=configs, help="of the stages; the demo's")
             command.add_argument("--set-flow", nargs="*", default=[], metavar="KEY=VALUE", help="changes every flow")
             command.add_argument("--reference", type=Path, required=True, help="real images that are not in --data")
@@ -350,7 +352,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--samples", type=int, default=256, help="of each row")
             command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
             command.add_argument("--evaluations", nargs="+", type=int, default=[20], help="of each solver")
-            command.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="needs flows with model.early")
+            command.add_argument(
+                "--guidance", nargs="+", type=float, default=[1.0], help="needs flows with model.early"
+            )
             continue
         command.add_argument("--recipe", type=Path, default=TOOLS / "flow.yaml", help="a config of train-flow")
         command.add_argument("--shards", type=Path, required=True, help="a cache made by `pyramid-ldm encode`")

@@ -129,6 +129,7 @@ def plain(depth: int, channels: int, width: float) -> tuple[ForeignEncoder, Fore
     return ForeignEncoder(nn.Sequential(*down)), ForeignDecoder(nn.Sequential(*up, last, nn.PixelShuffle(4)), last)
 
 
+FIT = 400, 16  # steps, images a step
 SIDE = 16  # a latent pixel covers up to SIDE x SIDE pixels of the image as its level sees it, reduced
 FREQUENCIES = 8  # of a cosine basis, each way, among which `start` chooses
 OPPONENT = ((1.0, 1.0, 1.0), (1.0, 0.0, -1.0), (1.0, -2.0, 1.0))
@@ -193,7 +194,7 @@ class LinearCodec(PyramidAutoencoder):
             latents, _ = self.analyse(image)
         return DiagonalGaussian(latents, tuple(torch.full_like(z, POINT) for z in latents))
 
-    def fit(self, batches: Callable[[int], Tensor], steps: int = 400) -> float:
+    def fit(self, batches: Callable[[int], Tensor], steps: int) -> float:
         """Least squares over `steps` batches, all kernels together, from the cosines of most energy in the first; then
         every channel is scaled to a deviation of 1. Returns the last error."""
         self.start(batches(0))

@@ -24,18 +24,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import ablate
-import peers
 import torch
 from ablate import COLUMNS, TOOLS, Result
-from torch import Tensor, nn
+from baselines import builder
+from torch import Tensor
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoders.pyramid.encoder import INITIAL_LOG_VARIANCE
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
-from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, load_config
 from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.data.folder import find_images
@@ -44,7 +41,6 @@ from pyramid_ldm.evaluation.evaluate import reconstruction_figures
 from pyramid_ldm.evaluation.frechet import Inception
 from pyramid_ldm.evaluation.metrics import bicubic
 from pyramid_ldm.files import write_json
-from pyramid_ldm.pyramid import Pyramid
 from pyramid_ldm.serialization import load_model
 from pyramid_ldm.training.autoencoder_state import Build, accumulate, build_state
 from pyramid_ldm.training.log import Metrics
@@ -64,80 +60,6 @@ LEARNING_RATES = {"ours": 5e-4, "ours-single": 5e-4, "sd-vae": 2e-4, "dc-ae": 2e
 TEST_CROPS = 4  # of each photograph
 
 
-class ForeignEncoder(nn.Module):
-    """Image to a pyramid of one level. Log-variances start where ours do: at 0, noise would hide the latents."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Pyramid:
-        """(B, 3, H, W) -> ((B, 2C, H/f, W/f),), mean and log-variance."""
-        mean, log_variance = self.network(image).chunk(2, dim=1)
-        return (torch.cat([mean, log_variance + INITIAL_LOG_VARIANCE], dim=1),)
-
-
-class ForeignDecoder(nn.Module):
-    """A pyramid of one level to an image; always whole, as these networks see all of it through their norms."""
-
-    def __init__(self, network: nn.Module, last: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-        self._last = [last]  # a list, so that it is registered once
-
-    @property
-    def last_weight(self) -> nn.Parameter:
-        """The last convolution's weight, where the adaptive GAN weight compares gradients."""
-        weight = self._last[0].weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-    def forward(self, latents: Pyramid, regions: Regions | None = None) -> Tensor:
-        """((B, C, H/f, W/f),) -> (B, 3, H, W)."""
-        image: Tensor = self.network(latents[0])
-        return image if regions is None else regions.cut(image)
-
-    def tiled(self, latents: Pyramid, tile: int) -> Tensor:
-        """Whole."""
-        return self(latents)
-
-
-class PeerAutoencoder(PyramidAutoencoder):
-    """A PyramidAutoencoder with foreign halves: posterior, loss, data, optimizer and checkpoints stay the toolkit's, so
-    that a comparison differs in the network alone.
-
-    Args:
-        config: one KL level; the widths of encoder and decoder are not used.
-        family: "sd-vae" or "dc-ae".
-        width: a factor on every published width.
-    """
-
-    def __init__(self, config: AutoencoderConfig, family: str, width: float) -> None:
-        super().__init__(config)
-        level = config.levels[0]
-        halves = (sd_vae if family == "sd-vae" else dc_ae)(level.factor.bit_length(), level.channels, width)
-        self.encoder, self.decoder = halves  # type: ignore[assignment]
-
-
-def sd_vae(depth: int, channels: int, width: float) -> tuple[ForeignEncoder, ForeignDecoder]:
-    """Stable Diffusion's autoencoder with `depth` resolutions."""
-    whole = peers.sd_vae(depth, channels, width)
-    decoder = ForeignDecoder(nn.Sequential(whole.post_quant_conv, whole.decoder), whole.decoder.conv_out)
-    return ForeignEncoder(nn.Sequential(whole.encoder, whole.quant_conv)), decoder
-
-
-def dc_ae(depth: int, channels: int, width: float) -> tuple[ForeignEncoder, ForeignDecoder]:
-    """DC-AE with `depth` resolutions, made to say a log-variance, too.
-
-    The published decoder has batch norms at its three finest resolutions; with four images a batch these do worse
-    than its own RMS norms, which therefore stand everywhere.
-    """
-    encoder = peers.dc_ae(depth, 2 * channels, width).encoder
-    decoder = peers.dc_ae(depth, channels, width, norms=("rms_norm",) * depth).decoder
-    last: Any = decoder.conv_out  # published: no blocks at factor 1, so the last step is an up-sampling
-    return ForeignEncoder(encoder), ForeignDecoder(decoder, last.conv)
-
-
 def contender(name: str, ratio: int, args: argparse.Namespace) -> tuple[list[str], Build]:
     """Overrides of the recipe for one of the models at one compression, and what builds it."""
     latents = PYRAMIDS[ratio] if name == "ours" else SINGLE[ratio]
@@ -147,7 +69,7 @@ def contender(name: str, ratio: int, args: argparse.Namespace) -> tuple[list[str
     keys = [f"model.levels=[{levels}]", f"train.learning_rate={rate}"]
     if name in ("sd-vae", "dc-ae"):
         keys += [f"model.{half}.widths={[4] * depth}" for half in ("encoder", "decoder")]  # not used
-        build = partial(PeerAutoencoder, family=name, width=args.peer_width)
+        build = builder(name, args.peer_width)
         return [*keys, "model.attention.max_tokens=0"], build
     unset = ["data.root=none", "run_dir=none", "loss.perceptual.weights=random"]
     model = load_config(AutoencoderTraining, TOOLS / "comparison.yaml", unset).model

@@ -78,7 +78,7 @@ class Front:
         floor = self.reference.floor(self.reference.half, self.inception)["photographs"]["kid"]
         return (
             f"\n{self.args.samples} samples against {len(self.files)} unseen images; of these, one half is "
-            f"{1000 * floor:.1f} from the other by KID x 1000, and reconstructions of one half are held against the other.\n"
+            f"{1000 * floor:.1f} from the other by KID x 1000, and so are reconstructions of it measured.\n"
         )
 
     def images(self) -> Tensor:
@@ -173,9 +173,9 @@ class Front:
         codec = build(config.model)
         assert isinstance(codec, baselines.LinearCodec)
         train, _ = split_held_out(find_images(Path(config.data.root)), config.data.validation)
-        zoom = config.data.zoom
-        crops = ablate.random_crops_of(train, config.image_size, 4096, zoom)
-        codec.fit(lambda step: crops[torch.arange(step * 16, step * 16 + 16) % len(crops)])
+        steps, size = baselines.FIT
+        crops = ablate.random_crops_of(train, config.image_size, steps * size, config.data.zoom)
+        codec.fit(lambda step: crops.split(size)[step % steps], steps)
         codec.save_pretrained(run / "model")
         return codec.eval()
 

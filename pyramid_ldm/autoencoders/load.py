@@ -14,7 +14,6 @@ from pyramid_ldm.config.fixed import FIXED, FixedConfig, PixelsConfig, WaveletCo
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.serialization import Stored, assemble, read_model, read_stored
 
-
 Build = Callable[[Stored], Autoencoder]
 
 

@@ -106,7 +106,9 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         choices=["rk45", "dopri5", "euler", "ddim", "ancestral", "heun", "dpmpp_2m", "abm2"],
         help="adaptive steps: rk45, dopri5; fixed steps: the others (default: abm2)",
     )
-    parser.add_argument("--steps", type=whole(1, 10**6), help="of fixed steps, how many (default: 20; 200 of euler, ddim and ancestral)")
+    parser.add_argument(
+        "--steps", type=whole(1, 10**6), help="of fixed steps, how many (default: 20; 200 of euler, ddim and ancestral)"
+    )
     parser.add_argument(
         "--spacing",
         default="uniform",

@@ -84,7 +84,7 @@ class AutoencoderConfig(Section):
     skip: str = key("res_skip", choices=("res_skip", "residual", "skip", "none"))  # PDM figure 4
     # pixel, none: local in space; group: of the whole image, and nothing can be decoded in part then.
     norm: str = key("pixel", choices=("pixel", "none", "group"))
-    # Pixels a side of the blocks that the encoder begins with and the decoder ends with; 1: the pixels themselves (PDM).
+    # Pixels a side of the blocks that the encoder begins with and the decoder ends with; 1: pixels (PDM).
     patch: int = key(1, at_least=1, at_most=16)
     # What the finest latent and the image begin as: nothing, or a thumbnail, to which the networks add.
     base: str = key("none", choices=("none", "thumbnail"))
@@ -225,6 +225,6 @@ class AutoencoderTraining(Section):
         check_device(self.device)
         require(
             self.train.regions == 0 or self.model.norm != "group",
-            "train.regions needs model.norm=pixel or none: with group norms every part of an image depends on all of it",
+            "train.regions needs model.norm=pixel or none: with group norms every part of an image depends on all",
         )
         self.model.resolve(self.image_size)

@@ -11,7 +11,6 @@ from pyramid_ldm.errors import UserError
 from pyramid_ldm.pyramid import Pyramid, flatten, pyramid_noise
 from pyramid_ldm.randomness import generator
 
-
 Item = tuple[Tensor, int, Tensor | None]
 
 

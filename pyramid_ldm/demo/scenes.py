@@ -109,7 +109,7 @@ def _paint_stars(image: Array, scene: Scene, view: _View) -> None:
     faint = 0.35 * detail.shown(0.004, view.pixel)
     stars = scene.stars
     if faint:
-        stars = np.concatenate([stars, scene.faint_stars * np.float32((1, 1, faint))])
+        stars = np.concatenate([stars, scene.faint_stars * np.array((1, 1, faint), np.float32)])
     for sx, sy, brightness in stars:
         column, row = round((sx - view.x[0]) / view.pixel), round((sy - view.y[0]) / view.pixel)
         if 2 <= column < len(view.x) - 2 and 2 <= row < len(view.y) - 2:

@@ -1,7 +1,7 @@
 """Sheets of pictures."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,15 +55,17 @@ def latent_contributions(autoencoder: Autoencoder, latents: Pyramid, replacement
     """`replacement` stands in for a level that is left out; it broadcasts over the batch."""
     filler = tuple(r.expand_as(z) for r, z in zip(replacement, latents, strict=True))
 
-    def decode(kept: Callable[[int], bool]) -> Tensor:
-        return autoencoder.decode(tuple(z if kept(n) else f for n, (z, f) in enumerate(zip(latents, filler, strict=True))))
+    def decode(kept: Collection[int]) -> Tensor:
+        return autoencoder.decode(
+            tuple(z if n in kept else f for n, (z, f) in enumerate(zip(latents, filler, strict=True)))
+        )
 
     count = range(len(latents))
     return Contributions(
         autoencoder.decode(latents),
-        [decode(lambda n, i=i: n == i) for i in count],
-        [decode(lambda n, i=i: n != i) for i in count],
-        [decode(lambda n, i=i: n <= i) for i in count],
+        [decode([i]) for i in count],
+        [decode([n for n in count if n != i]) for i in count],
+        [decode(range(i + 1)) for i in count],
     )
 
 

@@ -156,8 +156,8 @@ def draw_levels(config: AutoencoderTraining, images: Tensor, positions: list[int
     kept = [1 + int(u * (len(levels) - 1)) if drop < train.level_dropout else len(levels) for drop, u in draws]
     target = images
     if train.level_target == "low_pass":
-        low = [low_pass(image, levels[k - 1].factor) if k < len(levels) else image for image, k in zip(images.split(1), kept)]
-        target = torch.cat([part.view(1, *images.shape[1:]) for part in low])
+        factors = [levels[k - 1].factor if k < len(levels) else 1 for k in kept]
+        target = torch.cat([low_pass(image, f) for image, f in zip(images.split(1), factors, strict=True)])
     return torch.tensor(kept, device=images.device), target
 
 

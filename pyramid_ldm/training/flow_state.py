@@ -18,7 +18,6 @@ from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.optimizer import Optimizer, build_optimizer
 from pyramid_ldm.training.step import NonFinite
 
-
 GOLDEN = (5**0.5 - 1) / 2
 
 

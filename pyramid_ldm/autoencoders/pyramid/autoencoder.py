@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoders.posterior import DiagonalGaussian
-from pyramid_ldm.autoencoders.pyramid.decoder import DecoderLevel, PyramidDecoder
+from pyramid_ldm.autoencoders.pyramid.decoder import PyramidDecoder
+from pyramid_ldm.autoencoders.pyramid.decoder_level import DecoderLevel
 from pyramid_ldm.autoencoders.pyramid.encoder import PyramidEncoder
 from pyramid_ldm.autoencoders.pyramid.regions import Region, Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig

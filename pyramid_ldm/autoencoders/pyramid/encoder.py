@@ -195,8 +195,8 @@ class PyramidEncoder(nn.Module):
             for i, width in enumerate(widths)
         )
         if self.base is not None:
-            head = next(level.head for level in self.levels if level.head is not None)
-            head.begin_at_zero(self.base.channels)
+            finest = next(module for module in self.modules() if isinstance(module, LatentHead))
+            finest.begin_at_zero(self.base.channels)
 
     def forward(self, image: Tensor) -> Pyramid:
         """(B, 3, H, W) in [-1, 1] -> moments of each latent level, coarse to fine, (B, moments * C_i, H/f_i, W/f_i)."""
