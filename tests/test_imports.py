@@ -32,6 +32,7 @@ ALLOWED = {
     "sample": LOW | MIDDLE | {"pipeline", "evaluation"},
     "training": LOW | MIDDLE | {"__init__", "pipeline", "evaluation"},
     "encode": LOW | MIDDLE | {"evaluation", "training"},
+    "pairs": LOW | MIDDLE | {"pipeline", "evaluation", "training"},
     "demo": LOW | MIDDLE | {"evaluation"},
     "info": LOW | MIDDLE | {"pipeline", "training"},
 }
