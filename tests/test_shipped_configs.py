@@ -22,6 +22,8 @@ RATIOS = {
     "celebahq_1024": 256.0,
     "people2k": 204.8,
     "scapes2k": 204.8,
+    "photographs_2k": 204.8,
+    "scapes2k_cpu": 204.8,
 }
 FIXED_SHAPES = {"demo_pixels": (3, 32, 32), "demo_wavelet": (12, 32, 32)}
 LATENTS = {
@@ -29,10 +31,11 @@ LATENTS = {
     "people2k": [(64, 1, 1), (60, 4, 4), (48, 8, 8), (32, 16, 16), (48, 32, 32)],
     "scapes2k": [(16, 1, 2), (60, 2, 4), (48, 4, 8), (32, 8, 16), (48, 16, 32)],
 }
+LATENTS |= {"photographs_2k": LATENTS["people2k"], "scapes2k_cpu": LATENTS["scapes2k"]}
 SIDES = {"photographs_256": [1, 4, 8, 16], "lsun_bedrooms_256": [1, 4, 8, 16], "lsun_churches_256": [4, 8, 16, 32]}
 
 
-def test_both_folders_hold_the_same_nine_and_one_codebook():
+def test_both_folders_hold_the_same_configs_and_one_codebook():
     names = {
         kind: {p.stem for p in (ROOT / kind).glob("*.yaml")} for kind in ("autoencoder_configs", "diffusion_configs")
     }
