@@ -343,11 +343,10 @@ def test_configs_named_after_the_papers_data_sets_keep_its_choices(path):
     model = config.model
     assert model.skip == "res_skip"
     if path.stem in ("demo", "demo_vq", "photographs_256", "photographs_2k", "scapes2k_cpu"):  # ours
-        assert (model.encoder.image_patch, model.decoder.branch_blocks) == (4, 1)
+        assert (model.encoder.image_patch, model.decoder.branch_blocks, model.decoder.dropout) == (4, 1, 0)
         return
     assert (model.encoder.image_patch, model.decoder.branch_blocks, model.patch, model.base) == (1, 2, 1, "none")
     assert (config.train.optimizer, config.train.level_dropout) == ("adam", 0)
     assert model.encoder.spectral_norm
     assert model.attention.decoder == "spatial_channel"
-    assert config.model.encoder.pooling == "average"
-    assert config.model.decoder.dropout == (0.35 if papers else 0.0)
+    assert (model.encoder.pooling, model.decoder.dropout) == ("average", 0.35)
