@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from pyramid_ldm.cli import demo, main
+from pyramid_ldm.demo import pictures
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +43,44 @@ def test_the_demo_leaves_its_pictures_and_report_and_resumes(tmp_path, monkeypat
     weights = (out / "flow/model/flow/model.safetensors").read_bytes()
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0, "again: everything is there already"
     assert (out / "flow/model/flow/model.safetensors").read_bytes() == weights
+
+
+LARGE_AE = """
+run_dir: r
+image_size: [320, 640]
+model:
+  levels: [{factor: 64, channels: 8}, {factor: 32, channels: 12}]
+  patch: 4
+  norm: none
+  base: thumbnail
+  encoder: {widths: [8, 8, 8, 8, 8]}
+  decoder: {widths: [8, 8, 8, 8, 8], dropout: 0.0}
+data: {workers: 0}
+loss: {perceptual: {weight: 0}, gan: {weight: 0}}
+train: {images: 4, batch_size: 2, regions: 1, region_size: 64}
+log: {pictures: 1, examined: 1}
+"""
+LARGE_FLOW = """
+run_dir: r
+model: {widths: [16, 16], blocks: 1, fourier_scale: 1.0}
+data: {workers: 0}
+train: {images: 4, batch_size: 2}
+samples: {steps: 2}
+log: {pictures: 1}
+"""
+
+
+def test_large_landscapes_are_jpegs_and_are_shown_reduced_and_in_parts(tmp_path, monkeypatch):
+    for name, text in (("ae", LARGE_AE), ("flow", LARGE_FLOW)):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    plan = demo.Plan(str(tmp_path / "ae.yaml"), str(tmp_path / "flow.yaml"), 1.0, 6, 2, 2)
+    monkeypatch.setitem(demo.PLANS, "1024x2048", plan)
+    monkeypatch.setattr(pictures, "PART", 128)
+    out = tmp_path / "demo"
+    assert main(["demo", "--size", "1024x2048", "--out", str(out)]) == 0
+    assert len(list((out / "photographs").glob("*.jpg"))) == 6
+    assert Image.open(out / "photographs/00003.jpg").size == (640, 320)
+    assert Image.open(out / "samples.png").width in (160, 322), "a quarter of the size"
+    assert Image.open(out / "reconstructions.png").width == 3 * 128 + 2 * 2, "original, reconstruction, thumbnail"
+    assert len(list((out / "samples").glob("seed*.png"))) == 2
+    assert Image.open(out / "samples/seed0000-000000.png").size == (640, 320)
