@@ -321,6 +321,19 @@ def test_patches_leave_levels_out_at_full_resolution(patch):
     assert [level.head is not None for level in model.encoder.levels][-2:] == [True, True]
 
 
+@pytest.mark.parametrize(("channels", "side"), [(3, 1), (11, 1), (12, 2), (48, 4)])
+def test_a_thumbnail_is_what_it_begins_as(channels, side):
+    """The finest latent, at factor 8, holds side x side colours a position; RGB is these, enlarged, and nothing else."""
+    model = tiny_autoencoder(levels=((16, 6), (8, channels)), base="thumbnail", norm="none").eval()
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        decoded = model.decode(model.encode(image).mode())
+    small = torch.nn.functional.avg_pool2d(image, 8 // side)
+    while small.shape[-1] < 32:
+        small = bilinear_up(small)
+    torch.testing.assert_close(decoded, small, atol=1e-5, rtol=0)
+
+
 def test_without_norms_a_block_adds_to_its_shortcut():
     """x + f(x), not (x + f(x)) / sqrt 2: what begins at zero leaves features as they are."""
     model = tiny_autoencoder(norm="none")
