@@ -323,7 +323,7 @@ def test_patches_leave_levels_out_at_full_resolution(patch):
 
 @pytest.mark.parametrize(("channels", "side"), [(3, 1), (11, 1), (12, 2), (48, 4)])
 def test_a_thumbnail_is_what_it_begins_as(channels, side):
-    """The finest latent, at factor 8, holds side x side colours a position; RGB is these, enlarged, and nothing else."""
+    """The finest latent, at factor 8, holds side x side colours a position; RGB is these, enlarged."""
     model = tiny_autoencoder(levels=((16, 6), (8, channels)), base="thumbnail", norm="none").eval()
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     with torch.no_grad():

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 def test_the_demo_leaves_its_pictures_and_report_and_resumes(tmp_path, monkeypatch, capsys):
     plan = replace(demo.PLANS["64x64"], photographs=16, samples=4, batch_size=4)
     for name, changes in (
-        ("autoencoder", {"pictures: 16": "pictures: 2", "[8, 16, 32, 64, 96, 96, 96]": "[8, 8, 8, 8, 8, 8, 8]",
-                         "[16, 32, 64, 96, 128, 128, 128]": "[8, 8, 8, 8, 8, 8, 8], branch_blocks: 1"}),
+        ("autoencoder", {"pictures: 16": "pictures: 2", "[32, 64, 96, 96, 96]": "[8, 8, 8, 8, 8]",
+                         "[64, 96, 128, 128, 128]": "[8, 8, 8, 8, 8], branch_blocks: 1"}),
         ("flow", {"pictures: 16": "pictures: 2", "[48, 96, 128, 128, 128]": "[16, 16, 16, 16, 16]",
                   "precision:": "samples: {steps: 2}\nprecision:"}),
     ):  # fmt: skip
@@ -73,7 +73,7 @@ log: {pictures: 1}
 def test_large_landscapes_are_jpegs_and_are_shown_reduced_and_in_parts(tmp_path, monkeypatch):
     for name, text in (("ae", LARGE_AE), ("flow", LARGE_FLOW)):
         (tmp_path / f"{name}.yaml").write_text(text)
-    plan = demo.Plan(str(tmp_path / "ae.yaml"), str(tmp_path / "flow.yaml"), 1.0, 6, 2, 2)
+    plan = demo.Plan(str(tmp_path / "ae.yaml"), str(tmp_path / "flow.yaml"), 1.0, 6, 2, 2, 1.0)
     monkeypatch.setitem(demo.PLANS, "1024x2048", plan)
     monkeypatch.setattr(pictures, "PART", 128)
     out = tmp_path / "demo"

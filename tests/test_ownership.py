@@ -187,15 +187,15 @@ def test_a_replacement_killed_after_its_renames_stands(tmp_path):
 
 def test_leftovers_of_killed_processes_are_cleaned_and_nothing_else(tmp_path):
     claim(tmp_path, "run", "run_dir")
-    (tmp_path / ".config.yaml.77.tmp").write_text("half")
-    leave(tmp_path, ".model.77.tmp", "half")
-    for name in (".mine.tmp", ".notes.77x.tmp", "a.77.tmp"):
+    (tmp_path / ".config.yaml.999999999.tmp").write_text("half")
+    leave(tmp_path, ".model.999999999.tmp", "half")
+    for name in (".mine.tmp", ".notes.999999999x.tmp", "a.999999999.tmp"):
         (tmp_path / name).write_text("mine")
-    (tmp_path / ".foreign.77.tmp").mkdir()
-    (tmp_path / ".foreign.77.tmp" / "thesis").write_text("mine")
+    (tmp_path / ".foreign.999999999.tmp").mkdir()
+    (tmp_path / ".foreign.999999999.tmp" / "thesis").write_text("mine")
     clean(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".foreign.77.tmp", ".mine.tmp", ".notes.77x.tmp", "a.77.tmp", MARKER,
+        ".foreign.999999999.tmp", ".mine.tmp", ".notes.999999999x.tmp", "a.999999999.tmp", MARKER,
     ]  # fmt: skip
 
 
@@ -230,12 +230,12 @@ def test_a_kill_after_the_exchange_costs_nothing_of_somebody_elses(tmp_path):
     """What `clean` finds then is the old model under a temporary name."""
     claim(tmp_path, "run", "run_dir")
     leave(tmp_path, "model", "new")
-    leave(tmp_path, ".model.77.tmp", "old")
-    (tmp_path / ".model.77.tmp" / "notes.txt").write_text("mine")
+    leave(tmp_path, ".model.999999999.tmp", "old")
+    (tmp_path / ".model.999999999.tmp" / "notes.txt").write_text("mine")
     clean(tmp_path)
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "model" / "weights").read_text() == "new"
-    assert not (tmp_path / ".model.77.tmp").exists()
+    assert not (tmp_path / ".model.999999999.tmp").exists()
 
 
 def test_a_process_with_the_number_of_one_that_was_killed_goes_on(tmp_path):

@@ -25,12 +25,13 @@ class Plan:
     photographs: int
     samples: int
     batch_size: int
+    guidance: float  # of samples
 
 
 PLANS = {
-    "64x64": Plan("autoencoder_configs/demo.yaml", "diffusion_configs/demo.yaml", 8.0, 2000, 32, 32),
+    "64x64": Plan("autoencoder_configs/demo.yaml", "diffusion_configs/demo.yaml", 8.0, 2000, 32, 32, 2.0),
     "1024x2048": Plan(
-        "autoencoder_configs/scapes2k_cpu.yaml", "diffusion_configs/scapes2k_cpu.yaml", 60.0, 600, 8, 4
+        "autoencoder_configs/scapes2k_cpu.yaml", "diffusion_configs/scapes2k_cpu.yaml", 60.0, 600, 8, 4, 1.0
     ),
 }  # fmt: skip
 
@@ -74,7 +75,8 @@ def run(arguments: argparse.Namespace) -> bool:
         (encode, [autoencoder, "--data", photographs, "--out", latents, "--batch-size", plan.batch_size]),
         (train_flow, [plan.flow, f"data.shards={latents}", f"run_dir={flow}",
                       f"train.images={images[1]}"]),
-        (sample, [flow, "--num", plan.samples, "--batch-size", plan.batch_size, "--out", out / "samples"]),
+        (sample, [flow, "--num", plan.samples, "--batch-size", plan.batch_size, "--guidance", plan.guidance,
+                  "--out", out / "samples"]),
     ]  # fmt: skip
     for module, words in steps:
         text = [str(word) for word in words]
