@@ -276,8 +276,8 @@ def test_the_next_command_works_when_pasted(capsys, tmp_path, photographs):
     folder = tmp_path / "set #2 it's $HOME"
     shutil.copytree(photographs, folder / "photos")
     words = ["train-ae", DEMO, f"data.root={folder / 'photos'}", f"run_dir={folder / 'ae'}", "train.images=8",
-             "image_size=[32,32]", "model.levels=[{factor: 8, channels: 4}]", "model.encoder.widths=[8,8,8,8]",
-             "model.decoder.widths=[8,8,8,8]"]  # fmt: skip
+             "image_size=[32,32]", "model.levels=[{factor: 8, channels: 4}]", "model.encoder.widths=[8,8]",
+             "model.decoder.widths=[8,8]"]  # fmt: skip
     assert main(words) == 0
     printed = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
     split = shlex.split(printed)
