@@ -1,6 +1,5 @@
 """A flow's own samples as a cache of latents with their noise, to straighten its paths (reflow: Liu et al. 2022)."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -35,10 +34,10 @@ def draw_pairs(
 
     Raises UserError where `out` is not ours, or holds other pairs or latents.
     """
-    if runtime.main:
-        claim(out, "shards", "--pairs")
     if options.solver == "ancestral":
         raise UserError("--solver ancestral draws fresh noise: where a pair ends is not where its noise leads")
+    if runtime.main:
+        claim(out, "shards", "--out")
     plan = make_plan(pipeline, count, seed, options, runtime.bf16)
     starts = list(range(0, count, SHARD))
     with held(out, runtime.main):
@@ -81,10 +80,10 @@ def split_of(index: int) -> str:
 
 def make_plan(pipeline: PyramidPipeline, count: int, seed: int, options: SolverOptions, bf16: bool) -> Plan:
     """What this cache will be."""
-    scaling = pipeline.scaling.to_dict()
+    drawn = ", ".join(f"{key} {value}" for key, value in options.record(bf16).items())
     return Plan(
         autoencoder=pipeline.autoencoder.fingerprint(),
-        data=f"{count} samples of {pipeline.checkpoint}",
+        data=f"{count} samples of {pipeline.checkpoint}, {drawn}",
         image_size=list(pipeline.autoencoder.image_size),
         levels=list(pipeline.autoencoder.levels),
         has_variance=False,
@@ -96,5 +95,5 @@ def make_plan(pipeline: PyramidPipeline, count: int, seed: int, options: SolverO
         validation=HELD_OUT,
         seed=seed,
         shard_size=SHARD,
-        pairs=json.dumps({**options.record(bf16), "scaling": scaling}, sort_keys=True),
+        pairs=pipeline.scaling.to_dict(),
     )

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pyramid_ldm.cli import demo, main
 from pyramid_ldm.demo import pictures
+from pyramid_ldm.ownership import claim, mark
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,7 +81,17 @@ def test_large_landscapes_are_jpegs_and_are_shown_reduced_and_in_parts(tmp_path,
     assert main(["demo", "--size", "1024x2048", "--out", str(out)]) == 0
     assert len(list((out / "photographs").glob("*.jpg"))) == 6
     assert Image.open(out / "photographs/00003.jpg").size == (640, 320)
-    assert Image.open(out / "samples.png").width in (160, 322), "a quarter of the size"
+    assert Image.open(out / "samples.png").size == (2 * 160 + 2, 80), "a quarter of the size"
     assert Image.open(out / "reconstructions.png").width == 3 * 128 + 2 * 2, "original, reconstruction, thumbnail"
     assert len(list((out / "samples").glob("seed*.png"))) == 2
     assert Image.open(out / "samples/seed0000-000000.png").size == (640, 320)
+
+
+def test_a_demo_of_one_size_is_not_mixed_with_another(tmp_path, capsys):
+    """Nothing is rendered into the other's photographs; a folder of before sizes is one of 64x64."""
+    out = tmp_path / "demo"
+    for about in ({}, {"size": "64x64"}):
+        mark(out, "demo", **about) if out.exists() else claim(out, "demo", "--out", **about)
+        assert main(["demo", "--size", "1024x2048", "--out", str(out)]) == 2
+        assert f"{out}: holds a demo of 64x64, not 1024x2048; give another --out" in capsys.readouterr().err
+        assert not (out / "photographs").exists()

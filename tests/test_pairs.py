@@ -54,7 +54,7 @@ def test_pairs_go_on_after_a_kill_and_are_not_mixed(home, tmp_path, capsys):
     assert (out / "index.json").read_text() == (home / "pairs/index.json").read_text()
     capsys.readouterr()
     assert main([*words, "--spacing", "cosine"]) == 2
-    assert "holds latents made with pairs = " in capsys.readouterr().err
+    assert "holds latents made with data = 40 samples of " in capsys.readouterr().err
     assert main([*words, "--solver", "ancestral"]) == 2
     assert "--solver ancestral draws fresh noise" in capsys.readouterr().err
 

@@ -56,9 +56,13 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.config import AutoencoderTraining, FlowTraining, load_config
     from pyramid_ldm.demo.photographs import render_photographs
     from pyramid_ldm.demo.pictures import make_pictures
-    from pyramid_ldm.ownership import claim
+    from pyramid_ldm.errors import UserError
+    from pyramid_ldm.ownership import claim, marker_of
 
-    claim(arguments.out, "demo", "--out")
+    claim(arguments.out, "demo", "--out", size=arguments.size)
+    before = marker_of(arguments.out).get("size", "64x64")
+    if before != arguments.size:
+        raise UserError(f"{arguments.out}: holds a demo of {before}, not {arguments.size}; give another --out")
     plan = PLANS[arguments.size]
     out, scale = arguments.out, (arguments.minutes or plan.minutes) / plan.minutes
     began = time.monotonic()

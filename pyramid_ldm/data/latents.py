@@ -30,7 +30,7 @@ class LatentRecords(Dataset[Item]):
         place = item_at(position, len(self.rows), self.seed) if self.shuffle else position % len(self.rows)
         record, noise = self.cache.read(self.rows[place]), None
         plan = self.cache.plan
-        if plan.pairs:
+        if plan.pairs is not None:
             index = int(self.cache.rows[self.rows[place]].source)
             noise = flatten(pyramid_noise(plan.shapes(), plan.seed, "sample", [index]))[0]
         if self.cache.plan.has_variance:

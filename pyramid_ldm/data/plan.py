@@ -34,14 +34,14 @@ class Plan:
     validation: float
     seed: int
     shard_size: int
-    # How a flow drew the latents from noise `row` of the seed; empty: they are of photographs.
-    pairs: str = ""
+    # Of latents that a flow drew from noise `source` of the seed: its scale, in which the two belong together.
+    pairs: dict[str, Any] | None = None
     upscale: bool = True  # whether photographs smaller than image_size are in it, enlarged
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; a level as [factor, channels]."""
         values = asdict(self) | {"levels": [[level.factor, level.channels] for level in self.levels]}
-        if not self.pairs:  # as older caches have it
+        if self.pairs is None:  # as older caches have it
             del values["pairs"]
         return values
 

@@ -1,4 +1,4 @@
-"""What only large pictures show of a landscape: trees, crags, canopy, waves, faint stars, the grain of clouds.
+"""What only large pictures show of a landscape: trees, crags, grass, waves, faint stars, the grain of clouds.
 
 Everything here is too fine for a picture of 64 pixels and fades out towards it, so that the same scene is the same
 picture at every size.
@@ -77,10 +77,12 @@ def grass(x: Array, y: Array, height: float, offset: int) -> Array:
 
 def crags(x: Array, y: Array, offset: int) -> Array:
     """Bare rock: creases of noise at 32 to 512 a picture height, steeper than wide; zero on average."""
+    if len(x) < 2 or 36 * float(x[1] - x[0]) >= 0.5:  # a grid that does not show the coarsest
+        return np.zeros((len(y), len(x)), np.float32)
     plain = fractal_noise(36 * x, 20 * y, offset, gain=0.62, octaves=5)
     finer = fractal_noise(64 * x + 5, 40 * y, offset + 77, gain=0.6, octaves=4)
     creased: Array = 0.8 - np.abs(plain) + 0.35 * finer
-    return creased if _visible(x, 36) else np.zeros_like(creased)
+    return creased
 
 
 def waves(x: Array, distance: Array, offset: int) -> Array:
@@ -91,7 +93,3 @@ def waves(x: Array, distance: Array, offset: int) -> Array:
 def wisps(u: Array, v: Array, offset: int) -> Array:
     """The grain of clouds whose own noise has coordinates `u` and `v`."""
     return fractal_noise(28 * u, 28 * v, offset + 11, gain=0.65, octaves=4)
-
-
-def _visible(u: Array, frequency: float) -> bool:
-    return len(u) > 1 and float(u[1] - u[0]) * frequency < 0.5

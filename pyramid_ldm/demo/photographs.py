@@ -22,11 +22,11 @@ def render_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
     large = size[0] * size[1] > LARGE
     paths = {index: folder / f"{index:05d}.{'jpg' if large else 'png'}" for index in range(count)}
     todo = [(index, path) for index, path in paths.items() if not path.exists()]
-    if not large:
+    if not large or not todo:
         for each in todo:
             render(each, size)
         return
-    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, max(1, len(todo)))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(os.cpu_count() or 1, len(todo))) as pool:
         done: Iterable[None] = pool.imap_unordered(partial(render, size=size), todo)
         with Progress("landscapes", count) as progress:
             progress.advance(count - len(todo))

@@ -16,6 +16,7 @@ from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.images import to_pil, to_tensor
 from pyramid_ldm.data.photographs import load_crop
+from pyramid_ldm.demo.photographs import LARGE
 from pyramid_ldm.demo.report import Chart, Curve, Section, read_curve, write_report
 from pyramid_ldm.evaluation.metrics import bicubic, psnr
 from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latents_sheet
@@ -24,7 +25,7 @@ from pyramid_ldm.pictures import write_png
 from pyramid_ldm.pyramid import Pyramid, latent_values
 
 SHOWN = 16  # held-out pairs, and samples with their neighbours
-LARGE = 256  # pixels of height: larger images are shown reduced, and in parts as they are
+# Large images are shown reduced, and in parts as they are.
 SHOWN_IN_PARTS, PART = 4, 512  # how many, and pixels a side
 COMPARED = 64  # pixels of height at which images are compared with each other
 
@@ -53,8 +54,8 @@ def make_pictures(out: Path, seconds: float) -> Figures:
     """samples.png, reconstructions.png, latents.png and report.html in `out`, from what the commands left there."""
     autoencoder = PyramidAutoencoder.from_pretrained(out / "ae").to(memory_format=torch.channels_last)
     height, width = autoencoder.image_size
-    large = height > LARGE
-    scale = 0.25 if large else 2.0  # of pictures of pictures
+    large = height * width > LARGE
+    scale, columns = (0.25, 2) if large else (2.0, 8)  # of pictures of pictures
     values = latent_values(autoencoder.levels, (height, width))
     train, held_out = split_held_out(find_images(out / "photographs"), 0.05)
     shown: list[tuple[Tensor, Tensor, Tensor]] = []  # original, reconstruction, thumbnail
@@ -81,7 +82,7 @@ def make_pictures(out: Path, seconds: float) -> Figures:
         nearest=float(distance.mean()),
         held_out_nearest=float(nearest_neighbours(unseen, training)[1].mean()),
     )
-    save(out / "samples.png", grid([resized(Image.open(path).convert("RGB"), scale) for path in drawn]))
+    save(out / "samples.png", grid([resized(Image.open(path).convert("RGB"), scale) for path in drawn], columns))
     originals, decodings, _ = (torch.stack(images) for images in zip(*shown, strict=True))
     sheet = parts_sheet(shown) if large else resized(comparison_grid(originals, decodings), scale)
     save(out / "reconstructions.png", sheet)

@@ -218,19 +218,19 @@ class Process(ABC):
         output = self._evaluate(network, noisy, alphas, sigmas, context)
         output, early = output[: len(data)], output[len(data) :]
         kind = self.error or self.prediction
-        found = output
-        if kind != self.prediction:
-            found = self._prediction(output, noisy, alphas, sigmas).read(kind)
         target = self._target(kind, data, noise, noisy, alphas, sigmas)
-        errors = torch.stack([self._mean_square(a - b) for a, b in zip(target, found, strict=True)])  # (levels, B)
         weights = one_a_level("level_weights", self.level_weights, len(data))
-        levels = errors.mean(dim=1)
+
+        def errors(said: Pyramid) -> Tensor:
+            """(levels,)."""
+            if kind != self.prediction:
+                said = self._prediction(said, noisy, alphas, sigmas).read(kind)
+            return torch.stack([self._mean_square(a - b) for a, b in zip(target, said, strict=True)]).mean(dim=1)
+
+        levels = errors(output)
         total = (levels.new_tensor(weights) * levels).sum()
         if early:
-            if kind != self.prediction:
-                early = self._prediction(early, noisy, alphas, sigmas).read(kind)
-            errors = torch.stack([self._mean_square(a - b) for a, b in zip(target, early, strict=True)])
-            total = total + EARLY_WEIGHT * (levels.new_tensor(weights) * errors.mean(dim=1)).sum()
+            total = total + EARLY_WEIGHT * (levels.new_tensor(weights) * errors(early)).sum()
         return Loss(total, levels.detach())
 
     def _mean_square(self, error: Tensor) -> Tensor:

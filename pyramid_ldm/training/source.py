@@ -1,6 +1,5 @@
 """Where stage two's latents come from: a cache of them, or photographs that are encoded on the way."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -102,8 +101,10 @@ class CachedLatents(Source):
                 f"again"
             )
         self.counts = {split: len(self.cache.indices(split)) for split in SPLITS}
+        if config.data.jitter and self.cache.plan.pairs is None:
+            self.notes.append(f"data.jitter={config.data.jitter:g} is not used: it is for pairs of noise and latents")
         if config.data.autoencoder is not None:
-            self.notes = [f"data.autoencoder={config.data.autoencoder} is not used: {home} made these latents"]
+            self.notes += [f"data.autoencoder={config.data.autoencoder} is not used: {home} made these latents"]
 
     def batches(self, positions: Iterable[list[int]]) -> Iterator[Batch]:
         """Every record of an epoch once, in a fresh order."""
@@ -135,8 +136,8 @@ class CachedLatents(Source):
 
     def scaling(self, mode: str) -> LatentScaling:
         """Exact, over the cache; of pairs that of the flow that drew them."""
-        if self.cache.plan.pairs:
-            return LatentScaling.from_dict(json.loads(self.cache.plan.pairs)["scaling"])
+        if self.cache.plan.pairs is not None:
+            return LatentScaling.from_dict(self.cache.plan.pairs)
         return self.cache.scaling(mode)
 
     def identity(self) -> dict[str, Any]:

@@ -154,9 +154,9 @@ class PyramidAutoencoder(nn.Module):
         """Compiles in place, a part at a time: where windows are cut changes with every region, and stays outside."""
         for level in self.encoder.levels:
             level.compile(**options)
-        for level in filter(lambda level: isinstance(level, DecoderLevel), self.decoder.levels):
-            for part in (level.up, level.branch, level.blocks):
-                if isinstance(part, nn.Module):
+        for level in self.decoder.levels:
+            if isinstance(level, DecoderLevel):
+                for part in filter(None, (level.up, level.branch, level.blocks)):
                     part.compile(**options)
 
     @property

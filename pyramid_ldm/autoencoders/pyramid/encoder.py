@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyramid_ldm.autoencoders.pyramid.thumbnail import Thumbnail
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import build_norm, conv2d, float32_conv2d
 from pyramid_ldm.nn.pixel_norm import norm_silu
@@ -16,26 +17,6 @@ from pyramid_ldm.pyramid import Level, Pyramid
 
 INITIAL_LOG_VARIANCE = -6.0
 POOLING = {"average": box_down, "max": max_down, "unshuffle": unshuffle_down}
-
-
-class Thumbnail:
-    """The first channels of the finest latent as an image: a reduced one, in blocks of `side` x `side` pixels."""
-
-    SCALE = 2.0  # images have a deviation of about a half
-
-    def __init__(self, finest: Level) -> None:
-        self.side = 1
-        while 3 * (2 * self.side) ** 2 <= finest.channels and 2 * self.side <= finest.factor:
-            self.side *= 2
-        self.channels, self.factor = 3 * self.side**2, finest.factor // self.side
-
-    def of(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, channels, H / f, W / f)."""
-        return self.SCALE * F.pixel_unshuffle(F.avg_pool2d(image.float(), self.factor), self.side)
-
-    def back(self, latent: Tensor) -> Tensor:
-        """The finest latent (B, C, H / f, W / f) -> the reduced image, (B, 3, H / factor, W / factor)."""
-        return F.pixel_shuffle(latent[:, : self.channels].float() / self.SCALE, self.side)
 
 
 class LatentHead(nn.Module):
