@@ -63,9 +63,10 @@ def test_every_row_of_both_stages_is_another_one_of_as_many_values():
     demo = [ROOT / f"{kind}_configs" / "demo.yaml" for kind in ("autoencoder", "diffusion")]
     seen = set()
     for name, row in ablate.ROWS["both"].items():
-        row = row or {}
-        config = load_config(AutoencoderTraining, demo[0], [*row.get("autoencoder", []), "run_dir=r", "data.root=d"])
-        flow = load_config(FlowTraining, demo[1], [*row.get("flow", []), *STAGE_TWO])
+        config = load_config(
+            AutoencoderTraining, demo[0], [*front.flat(row.get("autoencoder", [])), "run_dir=r", "data.root=d"]
+        )
+        flow = load_config(FlowTraining, demo[1], [*front.flat(row.get("flow", [])), *STAGE_TWO])
         flow.resolve(config.image_size, config.model.levels)
         assert 630 < latent_values(config.model.levels, config.image_size) <= 656, name
         assert baselines.builder(row.get("network", "ours"))(config.model).levels == config.model.levels

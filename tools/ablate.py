@@ -338,32 +338,23 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--data", type=Path, required=True, help="photographs; a fifth is held out")
             command.add_argument("--vgg", default="imagenet", help="VGG-16 weights for LPIPS")
             continue
+        command.add_argument("--reference", type=Path, required=True, help="real images that nothing was trained on")
+        command.add_argument("--inception", type=Path, required=True, help="inception-2015-12-05.pt")
+        command.add_argument("--samples", type=int, default=256, help="of each row")
+        command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
+        counts = [20] if stage == "both" else [10, 20, 50, 200]
+        command.add_argument("--evaluations", nargs="+", type=int, default=counts, help="of each solver")
+        command.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="of flows with model.early")
         if stage == "both":
             configs = [TOOLS.parent / f"{each}_configs" / "demo.yaml" for each in ("autoencoder", "diffusion")]
             command.add_argument("--data", type=Path, required=True, help="photographs to train on")
             command.add_argument("--vgg", help="VGG-16 weights, to measure LPIPS and for recipes that want it")
-            command.add_argument(
-                "--crops", type=int, default=0, help="of each photograph, for the flow; 0: centre crops"
-            )
+            command.add_argument("--crops", type=int, default=0, help="of each, for the flow; 0: centre crops")
             command.add_argument("--recipes", nargs=2, type=Path, default=configs, help="of the stages; the demo's")
             command.add_argument("--set-flow", nargs="*", default=[], metavar="KEY=VALUE", help="changes every flow")
-            command.add_argument("--reference", type=Path, required=True, help="real images that are not in --data")
-            command.add_argument("--inception", type=Path, required=True, help="inception-2015-12-05.pt")
-            command.add_argument("--samples", type=int, default=256, help="of each row")
-            command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
-            command.add_argument("--evaluations", nargs="+", type=int, default=[20], help="of each solver")
-            command.add_argument(
-                "--guidance", nargs="+", type=float, default=[1.0], help="needs flows with model.early"
-            )
-            continue
-        command.add_argument("--recipe", type=Path, default=TOOLS / "flow.yaml", help="a config of train-flow")
-        command.add_argument("--shards", type=Path, required=True, help="a cache made by `pyramid-ldm encode`")
-        command.add_argument("--reference", type=Path, required=True, help="real images that it does not hold")
-        command.add_argument("--inception", type=Path, required=True, help="inception-2015-12-05.pt")
-        command.add_argument("--samples", type=int, default=256, help="of each row")
-        command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
-        command.add_argument("--evaluations", nargs="+", type=int, default=[10, 20, 50, 200], help="of each solver")
-        command.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="of rows with model.early")
+        else:
+            command.add_argument("--shards", type=Path, required=True, help="a cache made by `pyramid-ldm encode`")
+            command.add_argument("--recipe", type=Path, default=TOOLS / "flow.yaml", help="a config of train-flow")
     args = parser.parse_args(words)
     args.set += [] if args.images is None else [f"train.images={args.images}"]
     return args

@@ -169,8 +169,8 @@ class LinearCodec(PyramidAutoencoder):
         analysis, synthesis = LinearHalf(config.levels), LinearHalf(config.levels)
         self.encoder, self.decoder = analysis, LinearDecoder(synthesis)  # type: ignore[assignment]
 
-    def analyse(self, image: Tensor) -> tuple[Pyramid, Tensor]:
-        """(latents, what the decoder makes of them)."""
+    def analyse(self, image: Tensor, before: Callable[[int, Tensor], None] | None = None) -> tuple[Pyramid, Tensor]:
+        """(latents, what the decoder makes of them). `before` sees what the coarser levels left out to each, first."""
         analysis: Any = self.encoder
         synthesis: Any = self.decoder.synthesis
         found: list[Tensor] = []
@@ -180,6 +180,8 @@ class LinearCodec(PyramidAutoencoder):
             if base is not None:
                 base = enlarged(base, left.shape[-1])
                 left = left - base
+            if before is not None:
+                before(i, left)
             found.append(analysis.say(left, i))
             part = synthesis.write(found[-1], i)
             base = part if base is None else base + part
@@ -227,24 +229,21 @@ class LinearCodec(PyramidAutoencoder):
     @torch.no_grad()
     def start(self, images: Tensor) -> None:
         """Without overlap, and at each level the cosines that have the most energy in what is left."""
-        analysis: Any = self.encoder
-        synthesis: Any = self.decoder.synthesis
-        base: Tensor | None = None
-        for i, side in enumerate(analysis.sides):
-            left = reduced(images.float(), analysis.factors[i] // side)
-            if base is not None:
-                base = enlarged(base, left.shape[-1])
-                left = left - base
+
+        halves: list[Any] = [self.encoder, self.decoder.synthesis]
+
+        def choose(i: int, left: Tensor) -> None:
+            side, count = halves[0].sides[i], self.levels[i].channels
             cosines = cosine_basis(side)
+            if count > len(cosines):
+                raise ValueError(f"{count} channels for {len(cosines)} cosines")
             energy = F.conv2d(left, cosines, stride=side).square().mean(dim=(0, 2, 3))
-            chosen = cosines[energy.argsort(descending=True)[: analysis.kernels[i].shape[0]]]
-            if len(chosen) < analysis.kernels[i].shape[0]:
-                raise ValueError(f"{analysis.kernels[i].shape[0]} channels for {len(cosines)} cosines")
-            for half in (analysis, synthesis):
+            chosen = cosines[energy.argsort(descending=True)[:count]]
+            for half in halves:
                 half.kernels[i].copy_(F.pad(chosen, (side // 2,) * 4))
             self.rescale(i, F.conv2d(left, chosen, stride=side).std(dim=(0, 2, 3)))
-            part = synthesis.write(analysis.say(left, i), i)
-            base = part if base is None else base + part
+
+        self.analyse(images, choose)
 
 
 class LinearDecoder(nn.Module):

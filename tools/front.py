@@ -4,7 +4,8 @@
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -58,7 +59,7 @@ class Front:
         for seed in self.args.seeds:
             for name in self.args.rows:
                 groups.setdefault(name, []).append(self.row(name, seed))
-                thumbnails = self.thumbnails(groups[name][0]["values"])
+                thumbnails = self.thumbnails(max(group[0]["values"] for group in groups.values()))
                 drawn = list(self.drawn())
                 ablate.report(self.args.out / "table.md", table(groups, thumbnails, drawn, self.notes()))
                 draw(groups, thumbnails, drawn[-1], self.args.out / "front.png")
@@ -81,6 +82,7 @@ class Front:
             f"{1000 * floor:.1f} from the other by KID x 1000, and so are reconstructions of it measured.\n"
         )
 
+    @cached_property
     def images(self) -> Tensor:
         """Unseen ones, (N, 3, H, W)."""
         return torch.stack([load_crop(file.path, self.size) for file in self.files[:MEASURED]])
@@ -95,30 +97,29 @@ class Front:
             features = torch.cat([self.inception(batch) for batch in decoded.split(32)])
             rkid = frechet.kernel_distance(features, self.reference.features[:half])
             measured = self.measure(lambda images: bicubic(images, values))
-            write_json(kept, measured | {"rkid": rkid})
+            write_json(kept, measured | {"rkid": rkid, "values": values})
         found: Result = json.loads(kept.read_text(encoding="utf-8"))
         return found
 
     def measure(self, reconstruct: Callable[[Tensor], Tensor]) -> Result:
         """PSNR, SSIM and, with VGG, LPIPS."""
         perceptual = self.perceptual.in_parts if self.perceptual else None
-        return reconstruction_figures({"": reconstruct}, self.images().split(8), perceptual, None)[1][""]
+        return reconstruction_figures({"": reconstruct}, self.images.split(8), perceptual, None)[1][""]
 
     def row(self, name: str, seed: int) -> Result:
         """Trains an autoencoder, encodes, trains a flow, draws and measures."""
-        args, row = self.args, self.rows[name] or {}
+        args, row = self.args, self.rows[name]
         run = ablate.run_directory(args.out, name, seed)
         vgg = [f"loss.perceptual.weights={args.vgg}"] if args.vgg else []
         places = [f"data.root={args.data}", f"run_dir={run / 'ae'}", f"seed={seed}"]
-        keys = [*row.get("autoencoder", []), *args.set, *vgg, *places]
+        keys = [*flat(row.get("autoencoder", [])), *args.set, *vgg, *places]
         config = load_config(AutoencoderTraining, args.recipes[0], keys)
-        flow_keys = [*row.get("flow", []), *args.set_flow, f"data.shards={run / 'latents'}"]
+        flow_keys = [*flat(row.get("flow", [])), *args.set_flow, f"data.shards={run / 'latents'}"]
         network = row.get("network", "ours")
         run.mkdir(parents=True, exist_ok=True)
         asked = {"ae": to_yaml(config), "network": network, "flow": flow_keys, "samples": args.samples}
         ablate.remember(run, asked | {"real": len(self.files)})
-        width = float(row.get("width", 1.0))
-        build = baselines.builder(network, width)
+        build = baselines.builder(network)
 
         def rebuild(stored: Stored) -> PyramidAutoencoder:
             return assemble(stored, build)
@@ -134,7 +135,7 @@ class Front:
             found |= self.measure(lambda images: round_trip(model, images))
             floor = self.reference.floor(self.reference.half, self.inception, model)
             found["rkid"] = floor["reconstructions"]["kid"]
-            originals = self.images()[:16]
+            originals = self.images[:16]
             comparison_grid(originals, round_trip(model, originals)).save(run / "reconstructions.png")
             write_json(kept, found)
         if "losses" not in found:
@@ -180,6 +181,11 @@ class Front:
         return codec.eval()
 
 
+def flat(keys: Iterable[Any]) -> list[str]:
+    """Lists within lists, which YAML's anchors leave, as one."""
+    return [key for each in keys for key in (flat(each) if isinstance(each, list) else [each])]
+
+
 def table(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[str], notes: str) -> str:
     """A line a group of seeds."""
     head = ["", "values", *(title for _, title, _ in ablate.COLUMNS), "rKID x 1000"]
@@ -200,13 +206,15 @@ def table(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[s
         lines.append([*cells, " + ".join(f"{each:.1f}" for each in minutes), str(len(results))])
     cells = [f"{thumbnails[key]:.{digits}f}" if key in thumbnails else "-" for key, _, digits in ablate.COLUMNS]
     blank = [""] * (len(drawn) + 6)
-    lines.append(["bicubic thumbnail", "", *cells, f"{1000 * thumbnails['rkid']:.1f}", *blank])
+    lines.append(
+        ["bicubic thumbnail", f"at most {thumbnails['values']}", *cells, f"{1000 * thumbnails['rkid']:.1f}", *blank]
+    )
     head += ["held-out loss", "latent std", "noise", "predictable", "minutes", "seeds"]
     return ablate.markdown(head, lines) + notes
 
 
 def draw(groups: dict[str, list[Result]], thumbnails: Result, drawn: str, path: Path) -> None:
-    """PSNR to the right, KID of samples upwards (less is better, so downwards): one point a seed."""
+    """PSNR to the right, KID of samples upwards, so that the front is below and to the right: one point a seed."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -36,7 +36,7 @@ class PyramidDecoder(nn.Module):
         norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
             sees the whole image everywhere.
         upsampling, zero_init: see DecoderConfig.
-        base: "thumbnail": RGB begins as what the finest latent says of a reduced image; at first no resolution adds to it.
+        base: "thumbnail": RGB begins as what the finest latent says of a reduced image, and at first as that alone.
         coarse_init: scale at first, where a latent enters, of what comes up from coarser levels: 1 would hide it.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
