@@ -62,7 +62,7 @@ class Front:
                 thumbnails = self.thumbnails(max(group[0]["values"] for group in groups.values()))
                 drawn = list(self.drawn())
                 ablate.report(self.args.out / "table.md", table(groups, thumbnails, drawn, self.notes()))
-                draw(groups, thumbnails, drawn[-1], self.args.out / "front.png")
+                draw(groups, thumbnails, drawn, self.args.out / "front.png")
 
     def drawn(self) -> dict[str, SolverOptions]:
         """What samples are drawn by."""
@@ -115,11 +115,13 @@ class Front:
         keys = [*flat(row.get("autoencoder", [])), *args.set, *vgg, *places]
         config = load_config(AutoencoderTraining, args.recipes[0], keys)
         flow_keys = [*flat(row.get("flow", [])), *args.set_flow, f"data.shards={run / 'latents'}"]
+        flow_keys += [f"run_dir={run / 'flow'}", f"seed={seed}"]
+        flow = load_config(FlowTraining, args.recipes[1], flow_keys)
         network = row.get("network", "ours")
+        build = baselines.builder(network, row.get("width", 1.0))
         run.mkdir(parents=True, exist_ok=True)
-        asked = {"ae": to_yaml(config), "network": network, "flow": flow_keys, "samples": args.samples}
+        asked = {"ae": to_yaml(config), "network": network, "flow": to_yaml(flow), "samples": args.samples}
         ablate.remember(run, asked | {"real": len(self.files)})
-        build = baselines.builder(network)
 
         def rebuild(stored: Stored) -> PyramidAutoencoder:
             return assemble(stored, build)
@@ -142,22 +144,22 @@ class Front:
             began = time.perf_counter()
             options = EncodeOptions(batch_size=32, crops=args.crops, zoom=config.data.zoom)
             encode(run / "ae", args.data, run / "latents", options, start("auto", "auto"), rebuild)
-            places = [f"run_dir={run / 'flow'}", f"seed={seed}"]
-            _, finished = train_flow(load_config(FlowTraining, args.recipes[1], [*flow_keys, *places]), rebuild)
+            _, finished = train_flow(flow, rebuild)
             if not finished:
                 raise KeyboardInterrupt
             last = {k: v for line in read_lines(run / "flow" / "metrics.jsonl") for k, v in line.items()}
             found["losses"] = {key: value for key, value in last.items() if key.startswith(("train_", "held_out_"))}
             found["minutes_flow"] = (time.perf_counter() - began) / 60
             write_json(kept, found)
-        missing = [each for each in self.drawn() if each not in found]
+        scales = args.guidance if flow.model.early else [1.0]
+        missing = [key for key, options in self.drawn().items() if key not in found and options.guidance in scales]
         if missing or not (run / "samples.png").is_file():
             pipeline = PyramidPipeline.from_pretrained(run / "flow", rebuild).to(self.inception.device)
             for each in missing:
                 features, _ = sample_features(pipeline, self.inception, args.samples, 1, self.drawn()[each])
                 found[each] = self.reference.distances(features)
                 write_json(kept, found)
-            drawn = pipeline(num_images=SHOWN, seed=1, guidance=args.guidance[-1], batch_size=SHOWN)
+            drawn = pipeline(num_images=SHOWN, seed=1, guidance=scales[-1], batch_size=SHOWN)
             grid(drawn.images, 8).save(run / "samples.png")
         return found
 
@@ -197,7 +199,9 @@ def table(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[s
             known = [r[key] for r in results if r.get(key) is not None]
             cells.append(ablate.spread(known, digits) if known else "-")
         cells.append(ablate.spread((1000 * r["rkid"] for r in results), 1))
-        cells += [ablate.spread((1000 * r[each]["kid"] for r in results), 1) for each in drawn]
+        for each in drawn:
+            known = [1000 * r[each]["kid"] for r in results if each in r]
+            cells.append(ablate.spread(known, 1) if known else "-")
         first = results[0]
         cells.append(", ".join(f"{v:.2f}" for key, v in first["losses"].items() if key.startswith("held_out_")))
         for key in ("std", "noise", "predictable"):
@@ -213,8 +217,9 @@ def table(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[s
     return ablate.markdown(head, lines) + notes
 
 
-def draw(groups: dict[str, list[Result]], thumbnails: Result, drawn: str, path: Path) -> None:
-    """PSNR to the right, KID of samples upwards, so that the front is below and to the right: one point a seed."""
+def draw(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[str], path: Path) -> None:
+    """PSNR to the right, KID of samples upwards, so that the front is below and to the right: one point a seed, by the
+    last of `drawn` that its flow can be drawn by."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -222,7 +227,8 @@ def draw(groups: dict[str, list[Result]], thumbnails: Result, drawn: str, path: 
 
     sheet, axis = plt.subplots(figsize=(7.5, 5.5))
     for number, (name, results) in enumerate(groups.items()):
-        x, y = [r["psnr"] for r in results], [1000 * r[drawn]["kid"] for r in results]
+        x = [r["psnr"] for r in results]
+        y = [1000 * next(r[each]["kid"] for each in reversed(drawn) if each in r) for r in results]
         axis.scatter(x, y, color=f"C{number % 10}", marker="osD^v"[number // 10 % 5], label=name)
         axis.plot(x, y, color=f"C{number % 10}", linewidth=0.7)
     axis.axvline(thumbnails["psnr"], color="grey", linestyle=":", label="bicubic thumbnail")

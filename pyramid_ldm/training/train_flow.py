@@ -39,6 +39,7 @@ def train_flow(config: FlowTraining, build: Build | None = None) -> tuple[Path, 
     source = open_source(config, runtime, build)
     config.resolve(source.image_size, source.levels)
     inputs = {f"data.{name}": getattr(config.data, name) for name in ("shards", "root", "autoencoder")}
+    inputs["init"] = config.init
     with open_run(config, {name: Path(path) for name, path in inputs.items() if path}, runtime) as run:
         return run, train(FlowStage(config, source, run, runtime))
 
