@@ -158,6 +158,17 @@ def test_warmup_and_ramp_of_the_generators_term():
     assert not discriminator_learns(GanConfig(weight=0, start=0), 5)
 
 
+def test_lpips_fades_in(perceptual):
+    """It is not computed before its start, then counts 1/4, 2/4, 3/4 and wholly."""
+    config = LossConfig(l1=0.0, perceptual=PerceptualConfig(weight=2.0, start=100, ramp=4), gan=GanConfig(weight=0))
+    loss = AutoencoderLoss(config, perceptual, None)
+    image, target = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
+    whole = 2 * float(perceptual(image, target))
+    totals = [loss.reconstruction(image, target, seen) for seen in (0, 99, 100, 102, 103, 10_000)]
+    assert [float(total) / whole for total, _ in totals] == pytest.approx([0, 0, 0.25, 0.75, 1, 1])
+    assert ["lpips" in parts for _, parts in totals] == [False, False, True, True, True, True]
+
+
 def test_hinge_by_hand():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
     assert hinge_loss(real, fake).item() == 0.5 * ((0 + 0.5) / 2 + (0 + 1) / 2)

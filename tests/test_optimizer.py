@@ -8,7 +8,7 @@ from conftest import tiny_network
 from torch import nn
 
 from pyramid_ldm.config.common import TrainConfig
-from pyramid_ldm.training.optimizer import Muon, build_optimizer
+from pyramid_ldm.training.optimizer import Muon, build_optimizer, orthogonal
 
 RATE = 3e-3
 
@@ -71,6 +71,20 @@ def test_matrices_move_as_torchs_muon_moves_them_and_the_rest_as_adam(layout):
     for name, p in oracle.named_parameters():
         # A permutation of columns permutes the orthogonal matrix; sums in bfloat16 run in another order.
         torch.testing.assert_close(found[name], p.detach(), atol=0.1 * RATE, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize("shape", [(3, 32, 200), (2, 80, 32), (1, 48, 48)])
+def test_newton_and_schulz_change_singular_values_alone(shape, dtype, tolerance):
+    """To five times 3.4445 s - 4.775 s^3 + 2.0315 s^5 of s over the norm; here from 1 down to 1e-4 of it."""
+    matrices = torch.randn(shape, dtype=torch.float64, generator=torch.manual_seed(0))
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    s = torch.logspace(0, -4, u.shape[2], dtype=torch.float64)
+    matrices, s = (u * s) @ v, s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.775 * s**3 + 2.0315 * s**5
+    found = orthogonal(matrices.to(dtype)).double()
+    torch.testing.assert_close(found, (u * s) @ v, atol=tolerance, rtol=0)
 
 
 def test_a_step_has_orthogonal_rows_of_adams_size():

@@ -105,9 +105,11 @@ def test_a_run_begins_with_anothers_average(home, finished, tmp_path):
             ["init={home}/flow", "ema.widths=[0.2]", "ema.export=0.2"],
             "has averages of width 0.05, 0.1, not ema.export=0.2",
         ),
+        (["init={home}/flow", "run_dir={home}/flow/on"], "lies inside init"),
     ],
 )
 def test_what_cannot_begin_a_run_is_one_line(home, finished, tmp_path, capsys, words, message):
     words = [word.format(home=home) for word in words]
     train(home / "flow.yaml", f"data.shards={finished}", f"run_dir={tmp_path / 'x'}", *words, code=2)
+    assert not (home / "flow" / "on").exists()
     assert message in capsys.readouterr().err

@@ -6,12 +6,14 @@
     tools/ablate.py network --shards latents/ --reference held-out/ --inception inception-2015-12-05.pt --out net/
     tools/ablate.py network ... --rows default "predict data" --solvers euler abm2 --evaluations 10 20 50
     tools/ablate.py both --data photographs/ --reference landscapes/ --inception inception-2015-12-05.pt --out both/
+    tools/ablate.py photographs --data photos/ --reference others/ --inception inception-2015-12-05.pt \\
+        --vgg vgg16.safetensors --out photographs/
 
-`both` judges a stage one by what it reconstructs and by what a flow of fixed size and length draws in its latents.
+`both` (the demo's landscapes) and `photographs` judge a stage one by what it reconstructs and by what a flow of fixed
+size and length draws in its latents.
 
-Every row is a recipe (tools/ablation_recipe.yaml, tools/flow.yaml) with a few config keys of its own
-(tools/ablations.yaml). A row that is done is not trained again; one that was interrupted goes on. Writes table.md into
---out after each row.
+Every row is a recipe with a few config keys of its own (tools/ablations.yaml). A row that is done is not trained again;
+one that was interrupted goes on. Writes table.md into --out after each row.
 """
 
 import argparse
@@ -320,7 +322,7 @@ def ablate_both(args: argparse.Namespace) -> None:
     import front
 
     inception = frechet.Inception(args.inception, start("auto", "auto").device)
-    front.Front(args, ROWS["both"], inception).run()
+    front.Front(args, ROWS[args.stage], inception).run()
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -342,15 +344,19 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--inception", type=Path, required=True, help="inception-2015-12-05.pt")
         command.add_argument("--samples", type=int, default=256, help="of each row")
         command.add_argument("--solvers", nargs="+", choices=SOLVERS, default=["euler"])
-        counts = [20] if stage == "both" else [10, 20, 50, 200]
+        two = stage != "network"
+        counts = [20] if two else [10, 20, 50, 200]
         command.add_argument("--evaluations", nargs="+", type=int, default=counts, help="of each solver")
         command.add_argument("--guidance", nargs="+", type=float, default=[1.0], help="of flows with model.early")
-        if stage == "both":
-            configs = [TOOLS.parent / f"{each}_configs" / "demo.yaml" for each in ("autoencoder", "diffusion")]
+        if two:
+            demo = [TOOLS.parent / f"{each}_configs" / "demo.yaml" for each in ("autoencoder", "diffusion")]
+            configs = demo if stage == "both" else [TOOLS / f"{stage}_{each}.yaml" for each in ("ae", "flow")]
             command.add_argument("--data", type=Path, required=True, help="photographs to train on")
             command.add_argument("--vgg", help="VGG-16 weights, to measure LPIPS and for recipes that want it")
-            command.add_argument("--crops", type=int, default=0, help="of each, for the flow; 0: centre crops")
-            command.add_argument("--recipes", nargs=2, type=Path, default=configs, help="of the stages; the demo's")
+            command.add_argument(
+                "--crops", type=int, default=0 if stage == "both" else 40, help="of each, for the flow; 0: centre crops"
+            )
+            command.add_argument("--recipes", nargs=2, type=Path, default=configs, help="of the stages")
             command.add_argument("--set-flow", nargs="*", default=[], metavar="KEY=VALUE", help="changes every flow")
         else:
             command.add_argument("--shards", type=Path, required=True, help="a cache made by `pyramid-ldm encode`")
@@ -380,7 +386,12 @@ def exit_code(name: str, work: Callable[[], object]) -> int:
 def main(words: Sequence[str] | None = None) -> int:
     """See `exit_code`."""
     args = parse(words)
-    work = {"autoencoder": ablate_autoencoder, "network": ablate_network, "both": ablate_both}[args.stage]
+    work = {
+        "autoencoder": ablate_autoencoder,
+        "network": ablate_network,
+        "both": ablate_both,
+        "photographs": ablate_both,
+    }[args.stage]
     return exit_code("ablate", lambda: work(args))
 
 

@@ -22,6 +22,7 @@ from pyramid_ldm.config.base import to_yaml
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.encode import EncodeOptions, encode
+from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation import frechet
 from pyramid_ldm.evaluation.evaluate import reconstruction_figures
 from pyramid_ldm.evaluation.metrics import bicubic
@@ -42,14 +43,18 @@ MEASURED = 256  # unseen images, at most, that reconstruction is measured on
 
 
 class Front:
-    """The rows asked for, one after the other; each is kept as it grows, and goes on where it was interrupted."""
+    """The rows asked for, one after the other; each is kept as it grows, and goes on where it was interrupted.
+    UserError where what they are measured on is among what they are trained on."""
 
     def __init__(self, args: argparse.Namespace, rows: dict[str, Any], inception: frechet.Inception) -> None:
         self.args, self.rows, self.inception = args, rows, inception
-        keys = ["run_dir=x", "data.root=x", *([f"loss.perceptual.weights={args.vgg}"] if args.vgg else [])]
+        keys = [*args.set, "run_dir=x", "data.root=x", *([f"loss.perceptual.weights={args.vgg}"] if args.vgg else [])]
         size = load_config(AutoencoderTraining, args.recipes[0], keys).image_size
         self.size = (size[0], size[1])
-        self.files = find_images(args.reference)
+        self.files, known = find_images(args.reference), {file.digest for file in find_images(args.data)}
+        twice = [file.path for file in self.files if file.digest in known]
+        if twice:
+            raise UserError(f"{args.reference}: {len(twice)} of its images are in {args.data}, too, {twice[0]} first")
         self.reference = Reference.of_images(self.files, self.size, inception)
         self.perceptual = PerceptualLoss(args.vgg, torch.device("cpu")) if args.vgg else None
 

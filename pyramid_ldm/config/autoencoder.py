@@ -151,11 +151,13 @@ class ImageDataConfig(Section):
 
 
 class PerceptualConfig(Section):
-    """LPIPS with the VGG-16 network."""
+    """LPIPS with the VGG-16 network. Counts are images."""
 
     NAME = "loss.perceptual"
 
-    weight: float = key(1.0, at_least=0)
+    weight: float = key(1.0, at_least=0)  # 0 turns it off
+    start: int = key(0, at_least=0, at_most=MOST_IMAGES)  # it is not computed before
+    ramp: int = key(0, at_least=0, at_most=MOST_IMAGES)  # its weight then rises linearly over so many images
     weights: str = key("imagenet", path=True)  # imagenet (torchvision's cache or host) | a file | random
 
 

@@ -19,6 +19,7 @@ from pyramid_ldm.autoencoders.load import build_fixed
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.condition import Condition, Context
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, NCSNppConfig
+from pyramid_ldm.config.common import MOST_IMAGES
 from pyramid_ldm.config.fixed import FixedConfig
 from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.info.memory import PeakMemory
@@ -127,8 +128,7 @@ def estimate_autoencoder(config: AutoencoderTraining, *, bf16: bool) -> Autoenco
         with Work() as work:
             with contextlib.redirect_stderr(io.StringIO()):  # PerceptualLoss's warning about random weights
                 state = autoencoder_state.build_state(config, CPU)
-            gan = config.loss.gan
-            state.images_seen = gan.start + gan.disc_warmup + gan.ramp + train.batch_size
+            state.images_seen = MOST_IMAGES
             state.loss.adaptive.value = 1.0
             trained: list[tuple[nn.Module, Optimizer]] = [(state.autoencoder, state.optimizer)]
             if state.discriminator is not None and state.disc_optimizer is not None:

@@ -80,15 +80,26 @@ class Muon:
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """(N, rows, columns): the nearest matrices whose singular values are all about 1 (0.7 to 1.2), by Newton and
-    Schulz's iteration."""
+    Schulz's iteration.
+
+    In float32 it iterates on x @ x.mT alone, which is smaller: a third of the time for a 3x3 convolution. In bfloat16
+    squares of small singular values would drown.
+    """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     a, b, c = COEFFICIENTS
     x = matrices / torch.linalg.matrix_norm(matrices, keepdim=True).clamp(min=1e-7)
+    if x.dtype == torch.bfloat16:
+        for _ in range(ITERATIONS):
+            square = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        return x
+    square, factor = x @ x.mT, torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand(x.shape[0], -1, -1)
     for _ in range(ITERATIONS):
-        square = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        polynomial.diagonal(dim1=1, dim2=2).add_(a)
+        factor, square = polynomial @ factor, polynomial @ square @ polynomial
+    return factor @ x
 
 
 Optimizer = torch.optim.Optimizer | Muon

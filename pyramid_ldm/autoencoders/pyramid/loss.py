@@ -45,13 +45,16 @@ class AdaptiveWeight:
         self.reconstruction = self.gan = None
 
 
-def gan_factor(config: GanConfig, images_seen: int) -> float:
-    """Weight of the generator's GAN term: 0 until the discriminator has learned for `disc_warmup` images, then rising
-    linearly over `ramp` images to `config.weight`."""
-    acting = images_seen - config.start - config.disc_warmup
-    if config.weight == 0 or acting < 0:
+def risen(weight: float, start: int, ramp: int, images_seen: int) -> float:
+    """0 before `start` images, then rising linearly over `ramp` images to `weight`."""
+    if images_seen < start:
         return 0.0
-    return config.weight * min(1.0, (acting + 1) / max(config.ramp, 1))
+    return weight * min(1.0, (images_seen - start + 1) / max(ramp, 1))
+
+
+def gan_factor(config: GanConfig, images_seen: int) -> float:
+    """Weight of the generator's GAN term, which acts when the discriminator has learned for `disc_warmup` images."""
+    return risen(config.weight, config.start + config.disc_warmup, config.ramp, images_seen)
 
 
 def discriminator_learns(config: GanConfig, images_seen: int) -> bool:
@@ -73,13 +76,15 @@ class AutoencoderLoss:
         self.config, self.perceptual, self.discriminator = config, perceptual, discriminator
         self.adaptive = AdaptiveWeight(config.gan.max_weight)
 
-    def reconstruction(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(weighted L1 + LPIPS, each of them unweighted)."""
+    def reconstruction(self, image: Tensor, target: Tensor, images_seen: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """(weighted L1 + LPIPS, each of them unweighted; LPIPS where it counts already)."""
         l1 = (image.float() - target).abs().mean()
         total, parts = self.config.l1 * l1, {"l1": l1.detach()}
-        if self.perceptual is not None:
+        perceptual = self.config.perceptual
+        weight = risen(perceptual.weight, perceptual.start, perceptual.ramp, images_seen)
+        if self.perceptual is not None and weight > 0:
             lpips = self.perceptual(image, target)
-            total = total + self.config.perceptual.weight * lpips
+            total = total + weight * lpips
             parts["lpips"] = lpips.detach()
         return total, parts
 
@@ -98,7 +103,7 @@ class AutoencoderLoss:
             The unweighted terms, detached.
         """
         seen = output.reconstruction.detach().requires_grad_()
-        total, terms = self.reconstruction(seen, target)
+        total, terms = self.reconstruction(seen, target, images_seen)
         (gradient,) = torch.autograd.grad(total, seen)
 
         gan_config = self.config.gan
