@@ -259,6 +259,17 @@ def test_a_convolution_of_few_positions_is_the_same_as_a_product(channels, size)
     torch.testing.assert_close(found, layer(x))  # with gradients
 
 
+def test_a_convolution_at_1x1_learns_its_centre():
+    layer = conv2d(5, 7)
+    x = torch.randn(3, 5, 1, 1, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).square().sum().backward()
+    found = x.grad, layer.weight.grad, layer.bias.grad
+    assert counter.get_total_flops() == 3 * 2 * 3 * 5 * 7, "forward, and twice backward: a ninth of a convolution's"
+    expected = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1).square().sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (x, layer.weight, layer.bias)))
+
+
 def test_spectral_norm_of_weights_of_rank_one():
     """float32's eigensolver gives up on some of them."""
     for value in (1.0, 3.0, 250.0, 500.0):

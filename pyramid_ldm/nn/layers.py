@@ -17,12 +17,15 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that is one matrix product where a CPU runs it on few positions: the library would spend most of
-    such a call on bringing the weight into another layout."""
+    """A convolution that is one matrix product where a CPU runs it on few positions (the library would spend most of
+    such a call on bringing the weight into another layout), and at 1x1, where all else is padding, its centre."""
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        three = weight.shape[2] == 3
+        if three and x.shape[2] == x.shape[3] == 1:
+            return F.linear(x.flatten(1), weight[:, :, 1, 1], bias)[:, :, None, None]
         few = 256 if x.dtype == torch.bfloat16 else 16  # positions of all images; float32 products are slower
-        few_here = weight.shape[2] == 3 and x.shape[0] * x.shape[2] * x.shape[3] <= few
+        few_here = three and x.shape[0] * x.shape[2] * x.shape[3] <= few
         if few_here and x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             patches = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # (B, C, H, W, 3, 3)
             rows = patches.permute(0, 2, 3, 4, 5, 1).flatten(3)  # (B, H, W, 9C): as a weight, channels last
