@@ -19,8 +19,8 @@ def model(layout=torch.channels_last) -> nn.Sequential:
     return layers.to(memory_format=layout)
 
 
-def muon_of(network: nn.Module, *, bf16: bool = False) -> Muon:
-    return Muon(network, RATE, (0.9, 0.99), fused=True, bf16=bf16)
+def muon_of(network: nn.Module, *, bf16: bool = False, max_norm: float = 0.0) -> Muon:
+    return Muon(network, RATE, (0.9, 0.99), max_norm=max_norm, fused=True, bf16=bf16)
 
 
 def loss(network: nn.Module, step: int) -> torch.Tensor:
@@ -96,6 +96,20 @@ def test_a_step_has_orthogonal_rows_of_adams_size():
     step = (network[3].weight.detach() - before) / (RATE * 0.2 * 48**0.5)
     singular = torch.linalg.svdvals(step)
     assert 0.5 < singular.min() < singular.max() < 1.3, "five Newton-Schulz steps: all about 1"
+
+
+def test_rows_are_as_long_as_they_may_be():
+    """`torch.renorm` is the oracle; what has too few rows for Muon keeps its length."""
+    free, held = model(), model()
+    trained(free, muon_of(free), steps=1)
+    trained(held, muon_of(held, max_norm=0.5), steps=1)
+    shortened = 0
+    for name, weight in free.named_parameters():
+        limited = name in ("0.weight", "1.weight", "3.weight")
+        expected = torch.renorm(weight.detach(), 2, 0, 0.5) if limited else weight.detach()
+        torch.testing.assert_close(dict(held.named_parameters())[name].detach(), expected, atol=1e-6, rtol=1e-5)
+        shortened += bool((weight.detach() - expected).abs().max() > 1e-3)
+    assert shortened > 0
 
 
 def test_it_goes_on_where_it_was_saved():

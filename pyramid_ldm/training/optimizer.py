@@ -19,13 +19,16 @@ class Muon:
     """Muon (Jordan et al. 2024): the matrix of a linear layer, or of a convolution with a row for every output channel,
     moves by its momentum (Nesterov's) made orthogonal, all directions alike. What has fewer than 32 rows or columns,
     and everything else, moves by Adam. One learning rate is for both: a step is scaled by 0.2 sqrt(max(rows, columns)),
-    to the size of Adam's (Liu et al. 2025).
+    to the size of Adam's (Liu et al. 2025). Nothing else holds such weights back, and a network without norms ends
+    where they grow: with `max_norm` a row is never longer than that (Srivastava et al. 2014, section 5.1).
 
     As `torch.optim.Muon`, but convolutions are matrices, equal shapes are one product, and where a CPU does not compute
     in bfloat16, this does not either (fifty times faster there).
     """
 
-    def __init__(self, model: nn.Module, rate: float, betas: tuple[float, float], *, fused: bool, bf16: bool) -> None:
+    def __init__(
+        self, model: nn.Module, rate: float, betas: tuple[float, float], *, max_norm: float, fused: bool, bf16: bool
+    ) -> None:
         layers = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         self.matrices = [p for p in layers if min(p.shape[0], p[0].numel()) >= LEAST]
         known = {id(p) for p in self.matrices}
@@ -34,7 +37,7 @@ class Muon:
         )
         self.param_groups: list[dict[str, Any]] = [{"params": self.matrices, "lr": rate}, *self.rest.param_groups]
         self.momenta = [torch.zeros_like(p) for p in self.matrices]
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.max_norm, self.dtype = max_norm, torch.bfloat16 if bf16 else torch.float32
 
     @property
     def state(self) -> dict[Tensor, Any]:
@@ -55,6 +58,9 @@ class Muon:
             directions = orthogonal(torch.stack([ahead for _, ahead in pairs]).to(self.dtype))
             for (p, _), direction in zip(pairs, directions, strict=True):
                 p.add_(direction.to(p.dtype).view(p.shape), alpha=-rate * 0.2 * max(shape) ** 0.5)
+                if self.max_norm > 0:
+                    lengths = torch.linalg.vector_norm(p, dim=tuple(range(1, p.ndim)), keepdim=True)
+                    p.mul_((self.max_norm / lengths).clamp(max=1))
         self.rest.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -109,5 +115,6 @@ def build_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) 
     """What `train.optimizer` says."""
     betas, fused = (train.beta1, train.beta2), device.type in ("cuda", "cpu")
     if train.optimizer == "muon":
-        return Muon(model, train.learning_rate, betas, fused=fused, bf16=use_bf16("auto", device))
+        bf16 = use_bf16("auto", device)
+        return Muon(model, train.learning_rate, betas, max_norm=train.max_norm, fused=fused, bf16=bf16)
     return torch.optim.Adam(model.parameters(), lr=train.learning_rate, betas=betas, fused=fused)
