@@ -194,6 +194,8 @@ class LossConfig(Section):
 class AutoencoderTrainConfig(TrainConfig):
     """How stage one looks at an image: the encoder and the levels with attention always see all of it."""
 
+    # Without norms networks diverge where weights grow, and reconstruct worse.
+    max_norm: float = key(0.7, at_least=0, before=0.0)
     # Reconstruct and judge only so many random parts of each image; 0: all of it.
     regions: int = key(0, at_least=0, at_most=2**16, may_change=True)
     region_size: int = key(512, at_least=1, at_most=MOST_SIDE, may_change=True)  # pixels a side

@@ -25,7 +25,7 @@ class TrainConfig(Section):
     decay: str = key("constant", choices=("constant", "cosine"))  # cosine: to 0 at train.images
     optimizer: str = key("adam", choices=("adam", "muon"))  # muon: of matrices; the others still move by Adam
     # muon: the weights of an output of such a matrix are at most so long, as a vector; 0: as long as they get.
-    max_norm: float = key(0.7, at_least=0, before=0.0)
+    max_norm: float = key(0.0, at_least=0)
     beta1: float = key(0.9, at_least=0, below=1)
     beta2: float = key(0.999, at_least=0, below=1)
     gradient_clip: float = key(1.0, at_least=0)  # maximum norm; 0 turns it off
