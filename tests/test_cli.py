@@ -318,6 +318,8 @@ def test_reconstruct_and_latents_write_what_they_say(capsys, tmp_path, ae_run, p
     sheet = tmp_path / "l.png"
     assert main(["latents", str(ae_run), "--data", str(photographs), "--out", str(sheet), "--fill", "mean"]) == 0
     assert Image.open(sheet).width > 3 * 32
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["decoded", *(f"{h}x{w}" for h, w in ((2, 2), (4, 4))), "done:"]
 
 
 def test_held_out_is_what_the_run_says(capsys, tmp_path, photographs):

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from pyramid_ldm.config import AutoencoderTraining
 from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTrainConfig, DecoderConfig, EncoderConfig
+from pyramid_ldm.nn.resample import box_low_pass
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.pyramid import Level
-from pyramid_ldm.training.autoencoder_state import draw_levels, low_pass
+from pyramid_ldm.training.autoencoder_state import draw_levels
 from pyramid_ldm.training.flow_state import draw
 
 COUNT = 4000
@@ -72,7 +73,7 @@ def test_what_coarse_levels_alone_are_held_against():
     assert set(kept.tolist()) == {1, 2}
     for k, image, seen in zip(kept.tolist(), images, target, strict=True):
         factor = {1: 16, 2: 8}[k]
-        torch.testing.assert_close(seen, low_pass(image[None], factor)[0])
+        torch.testing.assert_close(seen, box_low_pass(image[None], factor)[0])
         blocks = torch.nn.functional.avg_pool2d(image, factor)
         assert seen.std() < image.std() / 3
         torch.testing.assert_close(seen[:, 0, 0], blocks[:, 0, 0])
@@ -81,4 +82,4 @@ def test_what_coarse_levels_alone_are_held_against():
 
 
 def test_what_is_left_of_a_constant_is_that_constant():
-    torch.testing.assert_close(low_pass(torch.full((1, 3, 32, 32), 0.3), 16), torch.full((1, 3, 32, 32), 0.3))
+    torch.testing.assert_close(box_low_pass(torch.full((1, 3, 32, 32), 0.3), 16), torch.full((1, 3, 32, 32), 0.3))

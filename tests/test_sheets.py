@@ -1,12 +1,18 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import randomise, tiny_autoencoder
 from PIL import Image
 
 from pyramid_ldm.demo.pictures import nearest_neighbours
+from pyramid_ldm.evaluation.latents import progress_by_level
 from pyramid_ldm.evaluation.metrics import bicubic, local_lipschitz, psnr
 from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latent_contributions, latents_sheet
+from pyramid_ldm.nn.resample import bilinear_up, box_low_pass
+from pyramid_ldm.pyramid import Level
 
 
 def test_grid_places_images_in_reading_order():
@@ -61,3 +67,24 @@ def test_local_lipschitz_of_a_linear_map():
     images = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(local_lipschitz(lambda x: (3 * x,), images), torch.full((2,), 3.0), atol=1e-3, rtol=0)
     torch.testing.assert_close(local_lipschitz(lambda x: (x, x), images), torch.full((2,), 2**0.5), atol=1e-3, rtol=0)
+
+
+def test_progress_by_level_of_a_known_pyramid():
+    """Blocks of 4x4, then what they leave out: up to the first, exactly what its resolution shows; then all."""
+
+    class Blocks:
+        levels = (Level(4, 3), Level(1, 3))
+
+        def encode(self, images):
+            return SimpleNamespace(mode=lambda: (F.avg_pool2d(images, 4), images - box_low_pass(images, 4)))
+
+        def decode(self, latents):
+            return bilinear_up(bilinear_up(latents[0])) + latents[1]
+
+    images = torch.rand(2, 3, 16, 16, generator=torch.manual_seed(0)) * 2 - 1
+    zeros = (torch.zeros(1, 3, 1, 1),) * 2
+    (first, coarse), (_, whole) = progress_by_level(Blocks(), images, zeros)
+    errors = (box_low_pass(images, 4) - images).square().flatten(1).mean(dim=1)
+    assert first > 100
+    assert coarse == pytest.approx(float((10 * (4 / errors).log10()).mean()), abs=1e-3)
+    assert whole > 100

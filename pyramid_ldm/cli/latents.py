@@ -5,7 +5,9 @@ import argparse
 from pyramid_ldm.cli.common import MOST, add_device, folder, whole
 
 NAME = "latents"
-HELP = "what each latent level holds: images from only one level, and from all but one (PDM figure 7)"
+HELP = (
+    "what each latent level holds: images from one level, from all but one (PDM figure 7), from the coarsest up to one"
+)
 EXAMPLE = "pyramid-ldm latents runs/scapes2k-ae --data photos/ --out latents.png"
 
 
@@ -27,8 +29,9 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.training.runtime import start
 
     runtime = start(arguments.device, arguments.precision)
-    latents_to_file(
+    table = latents_to_file(
         arguments.autoencoder, arguments.data, arguments.out, arguments.image, arguments.fill, runtime.device
     )
+    print(table)
     print(f"done: {arguments.out}")
     return True

@@ -5,23 +5,42 @@ from pathlib import Path
 import torch
 
 from pyramid_ldm.autoencoders.load import load_autoencoder
+from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.data.folder import find_images
 from pyramid_ldm.data.images import UnreadableImage
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.errors import UserError
+from pyramid_ldm.evaluation.evaluate import columns
+from pyramid_ldm.evaluation.metrics import psnr
 from pyramid_ldm.evaluation.sheets import latents_sheet
+from pyramid_ldm.nn.resample import box_low_pass
 from pyramid_ldm.ownership import claim_file, keep_apart
 from pyramid_ldm.pictures import read_record, write_png
-from pyramid_ldm.pyramid import Pyramid
+from pyramid_ldm.pyramid import Pyramid, level_shapes
 
-MEAN_IMAGES = 64
+MEAN_IMAGES, MEASURED = 64, 8
+
+
+@torch.inference_mode()
+def progress_by_level(autoencoder: Autoencoder, images: torch.Tensor, filler: Pyramid) -> list[tuple[float, float]]:
+    """Decoded from the coarsest level up to each: mean PSNR (dB) beside what that level's resolution shows of the
+    images, (B, 3, H, W) in [-1, 1], and beside the images."""
+    latents, found = autoencoder.encode(images).mode(), []
+    for i, level in enumerate(autoencoder.levels):
+        kept = (z if n <= i else f.expand_as(z) for n, (z, f) in enumerate(zip(latents, filler, strict=True)))
+        decoded = autoencoder.decode(tuple(kept)).float().clamp(-1, 1)
+        seen = (box_low_pass(images, level.factor), images)
+        near, whole = (float(psnr(decoded, target).mean()) for target in seen)
+        found.append((near, whole))
+    return found
 
 
 @torch.inference_mode()
 def latents_to_file(
     autoencoder_run: Path, data: Path, out: Path, number: int, fill: str, device: torch.device, scale: int = 1
-) -> None:
-    """Writes the sheet for image `number` of the folder. `fill`: "zero" or "mean" (of up to 64 images' latents)."""
+) -> str:
+    """Writes the sheet for image `number` of the folder. `fill`: "zero" or "mean" (of up to 64 images' latents).
+    Returns a table of `progress_by_level` over up to eight images."""
     keep_apart(out, "--out", {"AE_RUN": autoencoder_run, "--data": data})
     if out.suffix.lower() != ".png" and not out.is_dir():
         raise UserError(f"--out {out}: is written as PNG; give a name that ends in .png")
@@ -37,6 +56,7 @@ def latents_to_file(
 
     try:
         image = load(files[number].path)
+        measured = torch.stack([load(file.path) for file in files[:: -(-len(files) // MEASURED)]])
         chosen = files[:: max(1, len(files) // MEAN_IMAGES)] if fill == "mean" else files[number : number + 1]
         parts = [autoencoder.encode(load(file.path)[None]).mode() for file in chosen]
     except UnreadableImage as error:
@@ -45,3 +65,8 @@ def latents_to_file(
     filler = means if fill == "mean" else tuple(torch.zeros_like(level) for level in means)
     sheet = latents_sheet(autoencoder, image, filler, scale)
     write_png(sheet, out, {"what": "latents", "image": files[number].path, "fill": fill})
+    shapes = level_shapes(autoencoder.levels, list(size))
+    rows = [["decoded up to", "PSNR, dB, beside what its resolution shows", "beside the image"]]
+    for (_, height, width), figures in zip(shapes, progress_by_level(autoencoder, measured, filler), strict=True):
+        rows.append([f"{height}x{width}", *(f"{figure:.2f}" for figure in figures)])
+    return "\n".join(columns(rows))

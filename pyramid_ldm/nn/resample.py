@@ -41,3 +41,11 @@ def nearest_up(x: Tensor) -> Tensor:
 def bilinear_up(x: Tensor) -> Tensor:
     """Twice the resolution, bilinear, borders repeated: reaches one pixel further than `nearest_up`."""
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def box_low_pass(images: Tensor, factor: int) -> Tensor:
+    """(B, C, H, W) as so many times fewer pixels show it: means of blocks, enlarged bilinearly, two times at a time."""
+    small = F.avg_pool2d(images, factor)
+    while factor > 1:
+        small, factor = bilinear_up(small), factor // 2
+    return small

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
@@ -15,7 +14,7 @@ from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTraining
 from pyramid_ldm.data.batch import Batch
-from pyramid_ldm.nn.resample import bilinear_up
+from pyramid_ldm.nn.resample import box_low_pass
 from pyramid_ldm.pyramid import level_shapes, pyramid_noise
 from pyramid_ldm.randomness import uniform
 from pyramid_ldm.training.codebook import CodebookUse
@@ -157,16 +156,8 @@ def draw_levels(config: AutoencoderTraining, images: Tensor, positions: list[int
     target = images
     if train.level_target == "low_pass":
         factors = [levels[k - 1].factor if k < len(levels) else 1 for k in kept]
-        target = torch.cat([low_pass(image, f) for image, f in zip(images.split(1), factors, strict=True)])
+        target = torch.cat([box_low_pass(image, f) for image, f in zip(images.split(1), factors, strict=True)])
     return torch.tensor(kept, device=images.device), target
-
-
-def low_pass(images: Tensor, factor: int) -> Tensor:
-    """Means of blocks of factor x factor, enlarged as the decoder's RGB stream is."""
-    small = F.avg_pool2d(images, factor)
-    while factor > 1:
-        small, factor = bilinear_up(small), factor // 2
-    return small
 
 
 def follow_codes(config: AutoencoderTraining, state: State, batch: Batch, before: int, runtime: Runtime) -> None:
