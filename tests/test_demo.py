@@ -37,10 +37,12 @@ def test_the_demo_leaves_its_pictures_and_report_and_resumes(tmp_path, monkeypat
         assert Image.open(out / name).width >= 2 * 64
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "pyramid-ldm train-ae autoencoder_configs/scapes2k.yaml" in page
+    assert "pyramid-ldm train-ae autoencoder_configs/photographs_2k.yaml" in page
     figures = json.loads((out / "figures.json").read_text())
     assert figures["psnr"] > 5
     assert figures["bicubic_psnr"] > 20
+    assert list(figures["by_level"]) == ["1x1", "4x4", "8x8", "16x16"]
+    assert f"{figures['by_level']['4x4']:.1f} dB" in page
     weights = (out / "flow/model/flow/model.safetensors").read_bytes()
     assert main(["demo", "--out", str(out), "--minutes", "0.01"]) == 0, "again: everything is there already"
     assert (out / "flow/model/flow/model.safetensors").read_bytes() == weights

@@ -18,6 +18,7 @@ from pyramid_ldm.data.images import to_pil, to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.demo.photographs import LARGE
 from pyramid_ldm.demo.report import Chart, Curve, Section, read_curve, write_report
+from pyramid_ldm.evaluation.latents import progress_by_level
 from pyramid_ldm.evaluation.metrics import bicubic, psnr
 from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latents_sheet
 from pyramid_ldm.files import write_json
@@ -39,6 +40,7 @@ class Figures:
     ratio: float
     nearest: float  # mean absolute difference, in levels of 255, of a sample and the training image nearest to it
     held_out_nearest: float  # the same for held-out images: what "not a copy" looks like
+    by_level: dict[str, float]  # dB, decoded up to each level, beside what its resolution shows
 
 
 def nearest_neighbours(queries: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,19 +77,21 @@ def make_pictures(out: Path, seconds: float) -> Figures:
         for paths in (drawn, [file.path for file in train], [file.path for file in held_out])
     )
     index, distance = nearest_neighbours(samples, training)
+    originals, decodings, _ = (torch.stack(images) for images in zip(*shown, strict=True))
+    zeros = tuple(torch.zeros_like(level) for level in latents)
+    levels = [seen for seen, _ in progress_by_level(autoencoder, originals, zeros)]
     found = Figures(
         psnr=mean(ours for ours, _ in figures),
         bicubic_psnr=mean(theirs for _, theirs in figures),
         ratio=autoencoder.compression_ratio(),
         nearest=float(distance.mean()),
         held_out_nearest=float(nearest_neighbours(unseen, training)[1].mean()),
+        by_level=dict(zip(autoencoder.level_names, levels, strict=True)),
     )
     save(out / "samples.png", grid([resized(Image.open(path).convert("RGB"), scale) for path in drawn], columns))
-    originals, decodings, _ = (torch.stack(images) for images in zip(*shown, strict=True))
     sheet = parts_sheet(shown) if large else resized(comparison_grid(originals, decodings), scale)
     save(out / "reconstructions.png", sheet)
     save(out / "neighbours.png", resized(comparison_grid(samples[:SHOWN], training[index[:SHOWN]]), 2.0))
-    zeros = tuple(torch.zeros_like(level) for level in latents)
     save(out / "latents.png", latents_sheet(autoencoder, originals[most_varied(originals)], zeros, scale=scale))
     write_json(out / "figures.json", {"kind": "demo", **vars(found)})
     report(out, found, seconds)
@@ -158,8 +162,10 @@ def report(out: Path, figures: Figures, seconds: float) -> None:
         Section(
             "What each latent level holds",
             "Upper row: the image from only one level. Middle row: from all but one (Pyramid Diffusion Model, figure "
-            "7). Lower row: from one and all coarser ones. A level that is left out is replaced by zeros.",
+            "7). Lower row: from one and all coarser ones. A level that is left out is replaced by zeros. Below: how "
+            "near the lower row is to what its level's resolution shows of the image.",
             out / "latents.png",
+            {f"PSNR up to {name}": f"{figure:.1f} dB" for name, figure in figures.by_level.items()},
         ),
         Section(
             "Are they copies?",
@@ -188,10 +194,13 @@ def report(out: Path, figures: Figures, seconds: float) -> None:
         next_steps=[
             (
                 "Train an autoencoder on your own photographs",
-                "pyramid-ldm train-ae autoencoder_configs/scapes2k.yaml data.root=photos/",
+                "pyramid-ldm train-ae autoencoder_configs/photographs_2k.yaml data.root=photos/",
             ),
-            ("Turn them into latents", "pyramid-ldm encode runs/scapes2k-ae --data photos/ --out latents/"),
-            ("Train the flow network", "pyramid-ldm train-flow diffusion_configs/scapes2k.yaml data.shards=latents/"),
-            ("Draw new images", "pyramid-ldm sample runs/scapes2k-flow --num 16 --out samples/"),
+            ("Turn them into latents", "pyramid-ldm encode runs/photographs_2k-ae --data photos/ --out latents/"),
+            (
+                "Train the flow network",
+                "pyramid-ldm train-flow diffusion_configs/photographs_2k.yaml data.shards=latents/",
+            ),
+            ("Draw new images", "pyramid-ldm sample runs/photographs_2k-flow --num 16 --out samples/"),
         ],
     )
