@@ -68,7 +68,7 @@ def draw_pairs(
                 rows = [Row(str(index), False, 0, split_of(index)) for index in indices]
                 write_shard(out, n, plan, torch.cat(records), rows, {}, {})
         runtime.barrier()
-        if runtime.main and todo:
+        if runtime.main and not (out / INDEX).exists():
             write_index(out, plan, len(starts), [])
         runtime.barrier()
 

@@ -105,7 +105,7 @@ def test_missing_things(capsys, tmp_path, ae_run, photographs):
     assert f"{nowhere}: no such folder" in complaint(capsys, "train-ae", DEMO, f"data.root={nowhere}", run)
     assert f"{empty}: holds no images" in complaint(capsys, "train-ae", DEMO, f"data.root={empty}", run)
     assert "encode AE_RUN" in complaint(capsys, "train-flow", DEMO_FLOW, f"data.shards={nowhere}", run)
-    assert "run the same `pyramid-ldm encode` again" in complaint(
+    assert "run the same `pyramid-ldm encode` (or `sample --pairs`) again" in complaint(
         capsys, "train-flow", DEMO_FLOW, f"data.shards={empty}", run
     )
     assert f"{nowhere}: no such directory" in complaint(capsys, "sample", nowhere, "--out", tmp_path / "s")

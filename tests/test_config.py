@@ -411,3 +411,25 @@ def test_diffusion_presets_load_and_fit_their_autoencoder(path):
         learned = load_config(AutoencoderTraining, partner, ["data.root=x"])
         config.resolve(learned.image_size, learned.model.levels)
     assert config.model.attention_factors is not None
+
+
+def test_what_is_not_used_or_never_acts_is_said():
+    def said(*keys):
+        plain = ["run_dir=r", "data.root=d", "loss.perceptual.weight=0", "loss.gan.weight=0"]
+        return load_config(AutoencoderTraining, ROOT / "autoencoder_configs/demo.yaml", [*plain, *keys]).unused()
+
+    assert said() == []
+    assert said("train.images=100", "loss.gan.weight=0.5", "loss.gan.start=60", "loss.gan.disc_warmup=40") == [
+        "loss.gan never acts: it begins at image 100, and train.images is 100"
+    ]
+    assert said("loss.perceptual.weight=1", "loss.perceptual.start=10000") == [
+        "loss.perceptual never acts: it begins at image 10000, and train.images is 10000"
+    ]
+    assert said("train.optimizer=adam", "train.max_norm=1") == [
+        "train.max_norm=1 is not used: it is for train.optimizer=muon"
+    ]
+    assert said("train.level_dropout=0", "train.level_target=low_pass") == [
+        "train.level_target=low_pass is not used: train.level_dropout is 0"
+    ]
+    with pytest.raises(UserError, match="the discriminator would learn that blur is real"):
+        said("train.level_target=low_pass", "loss.gan.weight=0.5")

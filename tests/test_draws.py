@@ -2,15 +2,30 @@
 
 import pytest
 import torch
+from conftest import tiny_network_config
 from torch import Tensor
 
-from pyramid_ldm.config import AutoencoderTraining
-from pyramid_ldm.config.autoencoder import AutoencoderConfig, AutoencoderTrainConfig, DecoderConfig, EncoderConfig
+from pyramid_ldm.condition import Condition
+from pyramid_ldm.config import AutoencoderTraining, FlowTraining
+from pyramid_ldm.config.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderTrainConfig,
+    DecoderConfig,
+    EncoderConfig,
+    GanConfig,
+    LossConfig,
+    PerceptualConfig,
+)
+from pyramid_ldm.config.flow import FlowDataConfig
+from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.nn.resample import box_low_pass
+from pyramid_ldm.processes.build import build_process
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
-from pyramid_ldm.pyramid import Level
-from pyramid_ldm.training.autoencoder_state import draw_levels
+from pyramid_ldm.pyramid import LatentScaling, Level
+from pyramid_ldm.training import flow_state
+from pyramid_ldm.training.autoencoder_state import accumulate, build_state, draw_levels
 from pyramid_ldm.training.flow_state import draw
+from pyramid_ldm.training.runtime import Runtime
 
 COUNT = 4000
 
@@ -45,8 +60,9 @@ def config(**train: object) -> AutoencoderTraining:
         levels=[Level(16, 4), Level(8, 4), Level(4, 2)], encoder=EncoderConfig(widths=widths),
         decoder=DecoderConfig(widths=widths),
     )  # fmt: skip
+    loss = LossConfig(perceptual=PerceptualConfig(weight=0), gan=GanConfig(weight=0))
     return AutoencoderTraining(
-        run_dir="r", image_size=[32, 32], seed=3, model=model, train=AutoencoderTrainConfig(**train)
+        run_dir="r", image_size=[32, 32], seed=3, model=model, loss=loss, train=AutoencoderTrainConfig(**train)
     )
 
 
@@ -83,3 +99,43 @@ def test_what_coarse_levels_alone_are_held_against():
 
 def test_what_is_left_of_a_constant_is_that_constant():
     torch.testing.assert_close(box_low_pass(torch.full((1, 3, 32, 32), 0.3), 16), torch.full((1, 3, 32, 32), 0.3))
+
+
+def test_a_step_of_stage_one_decodes_what_was_drawn_and_is_held_against_it(monkeypatch):
+    settings = config(level_dropout=1.0, level_target="low_pass")
+    state = build_state(settings, torch.device("cpu"))
+    pixels = torch.randint(0, 256, (4, *settings.image_size, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    batch, runtime, seen = Batch([0, 1, 2, 3], pixels=pixels), Runtime(torch.device("cpu"), bf16=False), {}
+
+    def model(images, noise, regions, kept):
+        seen["kept"] = kept
+        return state.autoencoder(images, noise, regions, kept)
+
+    def gradients(output, target, *rest):
+        seen["target"] = target
+        return {}
+
+    monkeypatch.setattr(state.loss, "accumulate_gradients", gradients)
+    accumulate(settings, state, model, None, batch, runtime)
+    kept, target = draw_levels(settings, batch.images(torch.device("cpu")), batch.positions)
+    assert torch.equal(seen["kept"], kept)
+    assert torch.equal(seen["target"], target)
+    assert (target - batch.images(torch.device("cpu"))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["independent", "low_discrepancy"])
+def test_a_step_of_stage_two_is_at_the_times_that_were_asked_for(kind, monkeypatch):
+    settings = FlowTraining(run_dir="r", model=tiny_network_config(), data=FlowDataConfig(shards="s"), times=kind)
+    state, process, seen = flow_state.build_state(settings, torch.device("cpu")), build_process(settings), []
+    state.scaling = LatentScaling(((0.0,) * 6, (0.0,) * 4), ((1.0,) * 6, (1.0,) * 4))
+    latents = tuple(torch.zeros(5, *shape) for shape in state.network.shapes)
+    whole = type(process).loss
+
+    def watch(self, network, data, noise, t, *rest):
+        seen.append(t)
+        return whole(self, network, data, noise, t, *rest)
+
+    monkeypatch.setattr(type(process), "loss", watch)
+    flow_state.accumulate(process, state.network, state, latents, [3, 4, 5, 6, 7], Condition(), settings)
+    _, expected = draw(process, state.network.shapes, [3, 4, 5, 6, 7], settings.seed, torch.device("cpu"), kind)
+    assert torch.equal(seen[0], expected)

@@ -100,14 +100,14 @@ def test_an_autoencoder_beside_a_thumbnail(tmp_path, autoencoder_directory, phot
     found = figures_of(tmp_path, autoencoder_directory, "--data", photographs, "--inception", inception,
                        "--lpips", "random", "--num", 5)  # fmt: skip
     assert (found["what"], found["photographs"], found["values"]) == ("autoencoder", 5, 6 * 4 + 4 * 16)
-    assert set(found["reconstructed"]) == set(found["bicubic"]) == {"psnr", "ssim", "grid", "lpips", "rfid", "rkid"}
+    assert set(found["reconstructed"]) == set(found["bicubic"]) == {"psnr", "ssim", "periodic", "lpips", "rfid", "rkid"}
     images = torch.cat([batch for _, batch in centre_crops(sorted(map(str, photographs.iterdir()))[:5], (32, 32), "")])
     error = (bicubic(images, 6 * 4 + 4 * 16) - images).square().flatten(1).mean(dim=1)
     expected = (10 * torch.log10(4 / error)).mean().item()
     assert found["bicubic"]["psnr"] == pytest.approx(expected, abs=1e-4)
     assert found["bicubic"]["psnr"] > found["reconstructed"]["psnr"]  # nothing was trained
     table = capsys.readouterr().out.splitlines()
-    assert table[1].split() == ["PSNR,", "dB", "SSIM", "grid", "LPIPS", "rFID", "rKID", "x", "1000"]
+    assert table[1].split() == ["PSNR,", "dB", "SSIM", "periodic", "error", "LPIPS", "rFID", "rKID", "x", "1000"]
     assert table[3].split()[:2] == ["bicubic", f"{expected:.2f}"]
 
 

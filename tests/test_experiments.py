@@ -149,8 +149,8 @@ def test_rows_of_stage_two_are_trained_once_and_measured_with_more_steps(tmp_pat
     monkeypatch.setattr(ablate, "train_flow", None)  # what is done is not trained again
     assert ablate.main([*words, "--evaluations", "2", "3"]) == 0
     more = (tmp_path / "out" / "table.md").read_text()
-    assert "KID x 1000, 2 evaluations | KID x 1000, 3 evaluations | FID, 3" in more
-    assert more.splitlines()[2].split("|")[3] == table.splitlines()[2].split("|")[3]
+    assert "KID x 1000, euler 2 | KID x 1000, euler 3 | FID, euler 3" in more
+    assert more.splitlines()[2].split("|")[2] == table.splitlines()[2].split("|")[2]
 
 
 def build_peer(family, factor, channels, width):

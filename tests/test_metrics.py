@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from pyramid_ldm.data.images import to_tensor
 from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.evaluation.frechet import Moments, frechet_distance, kernel_distance
-from pyramid_ldm.evaluation.metrics import grid, psnr, ssim
+from pyramid_ldm.evaluation.metrics import periodic_error, psnr, ssim
 
 skimage = pytest.importorskip("skimage.metrics")
 
@@ -61,21 +61,25 @@ def test_psnr_is_scikit_images(pair):
     assert float(psnr(*tensors(pair))) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_grid_is_what_repeats():
+def test_periodic_error_is_what_repeats():
     """Noise of deviation 0.1 has none; stripes of amplitude 0.1 and a period of 4 pixels, two of the 30 frequencies
     that are looked at, add 0.1^2 * 128 / (60 * 0.1^2) to the ratio."""
     generator = torch.manual_seed(0)
     target = torch.rand(8, 1, 128, 128, generator=generator)
     noise = 0.1 * torch.randn(8, 1, 128, 128, generator=generator)
     stripes = 0.1 * torch.cos(torch.arange(128) * torch.pi / 2)
-    assert grid(target + noise, target).mean().item() == pytest.approx(1, abs=0.05)
+    assert periodic_error(target + noise, target).mean().item() == pytest.approx(1, abs=0.05)
     for pattern in (stripes, stripes[:, None]):
-        found = grid(target + noise + pattern, target)
+        found = periodic_error(target + noise + pattern, target)
         assert found.mean().item() == pytest.approx(1 + 128 / 60, abs=0.1)
-    assert grid(target, target).tolist() == [1.0] * 8
-    assert grid(target[..., :30] + stripes[:30], target[..., :30]).min() > 10, "of a part, cut to whole periods"
+    opposite = torch.stack([stripes, -stripes, torch.zeros(128)]).view(1, 3, 1, 128).expand(-1, -1, 128, -1)
+    assert periodic_error(opposite, torch.zeros_like(opposite)).item() > 1e6, "of colours, too"
+    assert periodic_error(target, target).tolist() == [1.0] * 8
+    assert periodic_error(target[..., :30] + stripes[:30], target[..., :30]).min() > 10, (
+        "of a part, cut to whole periods"
+    )
     with pytest.raises(ValueError, match="too small"):
-        grid(target[..., :7], target[..., :7])
+        periodic_error(target[..., :7], target[..., :7])
 
 
 def test_metrics_are_of_each_image():

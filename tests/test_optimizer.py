@@ -112,6 +112,18 @@ def test_rows_are_as_long_as_they_may_be():
     assert shortened > 0
 
 
+@pytest.mark.parametrize(("asked", "length"), [(None, 0.6), (0.3, 0.3), (0.0, 1e9)])
+def test_how_long_rows_may_be_is_the_configs_or_the_stages(asked, length):
+    network = model()
+    train = TrainConfig(optimizer="muon", learning_rate=RATE, max_norm=asked)
+    optimizer = build_optimizer(network, train, torch.device("cpu"), precision="fp32", max_norm=0.6)
+    trained(network, optimizer, steps=1)
+    longest = max(float(network[i].weight.detach().flatten(1).norm(dim=1).max()) for i in (0, 1, 3))
+    assert longest <= length + 1e-6
+    assert longest > min(length, 0.61) - 1e-6
+    assert optimizer.dtype == torch.float32, "as the run computes"
+
+
 def test_it_goes_on_where_it_was_saved():
     network = model()
     optimizer = muon_of(network)
@@ -138,7 +150,8 @@ def test_small_matrices_embeddings_and_gains_stay_with_adam():
 
 def test_every_weight_of_the_flow_moves():
     network = tiny_network(widths=[32, 32]).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(network, TrainConfig(optimizer="muon", learning_rate=1e-2), torch.device("cpu"))
+    train = TrainConfig(optimizer="muon", learning_rate=1e-2)
+    optimizer = build_optimizer(network, train, torch.device("cpu"), precision="auto", max_norm=0.0)
     assert isinstance(optimizer, Muon)
     assert len(optimizer.matrices) > 20
     before = {name: p.detach().clone() for name, p in network.named_parameters()}

@@ -47,11 +47,12 @@ def test_a_pair_is_noise_and_the_latents_that_it_ends_at(home):
 def test_pairs_go_on_after_a_kill_and_are_not_mixed(home, tmp_path, capsys):
     out = tmp_path / "pairs"
     shutil.copytree(home / "pairs", out)
-    (out / "index.json").unlink()
-    (out / "00000.json").unlink()
     words = ["sample", str(home / "flow"), "--pairs", "-n", "40", "--seed", "5", "--out", str(out), *SOLVER]
-    assert main(words) == 0
-    assert (out / "index.json").read_text() == (home / "pairs/index.json").read_text()
+    for lost in (["index.json"], ["index.json", "00000.json"]):  # killed before the index, and in the middle
+        for name in lost:
+            (out / name).unlink()
+        assert main(words) == 0
+        assert (out / "index.json").read_text() == (home / "pairs/index.json").read_text()
     capsys.readouterr()
     assert main([*words, "--spacing", "cosine"]) == 2
     assert "holds latents made with data = 40 samples of " in capsys.readouterr().err
@@ -61,11 +62,13 @@ def test_pairs_go_on_after_a_kill_and_are_not_mixed(home, tmp_path, capsys):
 
 def test_training_on_pairs_learns_the_way_from_their_noise(home, tmp_path, monkeypatch):
     """The loss sees each pair's own noise, the scale is the flow's that drew them, and jitter moves the input alone."""
-    seen = []
+    seen, examined = [], []
     loss = RectifiedFlow.loss
 
     def watch(self, network, data, noise, t, condition=None, jitter=None):
-        if jitter is not None:
+        if jitter is None:
+            examined.append(flatten(noise))
+        else:
             seen.append((flatten(data), flatten(noise), flatten(jitter)))
         return loss(self, network, data, noise, t, condition, jitter)
 
@@ -83,6 +86,10 @@ def test_training_on_pairs_learns_the_way_from_their_noise(home, tmp_path, monke
             assert (noise == row).all(dim=1).any(), "noise of one of the pairs"
         assert 0.05 < jitter.std() < 0.2
     assert len(seen) >= 2
+    assert examined
+    for used in examined:
+        for row in used:
+            assert (noise == row).all(dim=1).any(), "held-out losses are of pairs, too"
 
 
 def test_a_run_begins_with_anothers_average(home, finished, tmp_path):
@@ -106,6 +113,7 @@ def test_a_run_begins_with_anothers_average(home, finished, tmp_path):
             "has averages of width 0.05, 0.1, not ema.export=0.2",
         ),
         (["init={home}/flow", "run_dir={home}/flow/on"], "lies inside init"),
+        (["init={home}/flow", "rectified_flow.prediction=data"], "trained with another process prediction (velocity, "),
     ],
 )
 def test_what_cannot_begin_a_run_is_one_line(home, finished, tmp_path, capsys, words, message):

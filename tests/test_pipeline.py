@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 
@@ -8,6 +9,7 @@ from conftest import randomise, tiny_autoencoder, tiny_network
 
 from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.cli.common import add_device, add_solver, solver_options
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.processes.edm import EDM
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
@@ -181,6 +183,15 @@ def test_a_compiled_network_draws_the_same_images(directory, solver):
     a, b = (pipeline(3, seed=2, solver=solver, steps=5, batch_size=2) for pipeline in (plain, compiled))
     for left, right in zip(a.images, b.images, strict=True):
         assert np.abs(np.asarray(left).astype(int) - np.asarray(right).astype(int)).max() <= 1
+
+
+def test_guidance_of_the_command_line_is_the_solvers():
+    parser = argparse.ArgumentParser()
+    add_solver(parser)
+    add_device(parser)
+    options = solver_options(parser.parse_args(["--guidance", "2.5", "--steps", "7"]))
+    assert (options.guidance, options.describe()) == (2.5, "abm2, 7 steps, guidance 2.5")
+    assert solver_options(parser.parse_args([])).describe() == "abm2, 20 steps"
 
 
 def test_guidance_is_for_networks_that_speak_early(directory, tmp_path):

@@ -352,3 +352,20 @@ def test_levels_have_independent_noise():
     coarse, fine = pyramid_noise([(4, 8, 8), (4, 8, 8)], 0, "noise", range(100))
     correlation = torch.corrcoef(torch.stack([coarse.flatten(), fine.flatten()]))[0, 1]
     assert abs(correlation) < 0.02
+
+
+@pytest.mark.parametrize("prediction", ["data", "noise", "velocity"])
+def test_jitter_is_seen_by_the_network_and_by_nothing_else(prediction):
+    """A network that knows the answer has no error, whatever the error is taken in, and sees what was added."""
+    process = RectifiedFlow(prediction=prediction, error="velocity")
+    data, noise, jitter = ((torch.randn(3, 2, 4, 4, generator=torch.manual_seed(n)),) for n in range(3))
+    t, seen = torch.tensor([0.1, 0.5, 0.9]), []
+    answers = {"data": data, "noise": noise, "velocity": (data[0] - noise[0],)}
+
+    def network(noisy, context):
+        seen.append(noisy[0])
+        return answers[prediction]
+
+    assert process.loss(network, data, noise, t, None, jitter).total.item() == pytest.approx(0, abs=1e-6)
+    assert process.loss(network, data, noise, t).total.item() == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(seen[0] - seen[1], jitter[0])

@@ -182,7 +182,7 @@ def test_a_finished_cache_is_not_encoded_again(shards, autoencoder_directory, ph
 
 def test_without_an_index_encode_has_not_finished(shards, tmp_path):
     (shards / "index.json").unlink()
-    with pytest.raises(UserError, match=r"index\.json: not found; .*encode. again"):
+    with pytest.raises(UserError, match=r"index\.json: not found; .*encode. \(or .sample --pairs.\) again"):
         LatentCache(shards)
     with pytest.raises(UserError, match="nowhere: no such directory"):
         LatentCache(tmp_path / "nowhere")

@@ -8,7 +8,7 @@ from conftest import randomise, tiny_autoencoder
 from PIL import Image
 
 from pyramid_ldm.demo.pictures import nearest_neighbours
-from pyramid_ldm.evaluation.latents import progress_by_level
+from pyramid_ldm.evaluation.latents import psnr_by_level
 from pyramid_ldm.evaluation.metrics import bicubic, local_lipschitz, psnr
 from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latent_contributions, latents_sheet
 from pyramid_ldm.nn.resample import bilinear_up, box_low_pass
@@ -69,7 +69,7 @@ def test_local_lipschitz_of_a_linear_map():
     torch.testing.assert_close(local_lipschitz(lambda x: (x, x), images), torch.full((2,), 2**0.5), atol=1e-3, rtol=0)
 
 
-def test_progress_by_level_of_a_known_pyramid():
+def test_psnr_by_level_of_a_known_pyramid():
     """Blocks of 4x4, then what they leave out: up to the first, exactly what its resolution shows; then all."""
 
     class Blocks:
@@ -78,12 +78,12 @@ def test_progress_by_level_of_a_known_pyramid():
         def encode(self, images):
             return SimpleNamespace(mode=lambda: (F.avg_pool2d(images, 4), images - box_low_pass(images, 4)))
 
-        def decode(self, latents):
+        def decode_tiled(self, latents):
             return bilinear_up(bilinear_up(latents[0])) + latents[1]
 
     images = torch.rand(2, 3, 16, 16, generator=torch.manual_seed(0)) * 2 - 1
     zeros = (torch.zeros(1, 3, 1, 1),) * 2
-    (first, coarse), (_, whole) = progress_by_level(Blocks(), images, zeros)
+    (first, coarse), (_, whole) = psnr_by_level(Blocks(), images, zeros)
     errors = (box_low_pass(images, 4) - images).square().flatten(1).mean(dim=1)
     assert first > 100
     assert coarse == pytest.approx(float((10 * (4 / errors).log10()).mean()), abs=1e-3)

@@ -181,6 +181,11 @@ def spread(values: Iterable[float], digits: int) -> str:
     return f"{mean(known):.{digits}f}{deviation}"
 
 
+def spread_of(values: Sequence[float], digits: int) -> str:
+    """The same; a dash for none."""
+    return spread(values, digits) if values else "-"
+
+
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A table."""
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
@@ -248,17 +253,12 @@ def network_row(
             raise KeyboardInterrupt
         last = {key: value for line in read_lines(run / "metrics.jsonl") for key, value in line.items()}
         found["losses"] = {key: value for key, value in last.items() if key.startswith(("train_", "held_out_"))}
-    scales = args.guidance if config.model.early else [1.0]
-    missing = [
-        (s, n, g) for s in args.solvers for n in args.evaluations for g in scales if measured(s, n, g) not in found
-    ]
+    missing = {name: way for name, way in ways(args, early=config.model.early).items() if name not in found}
     if missing or "rk45_nfe" not in found:
         pipeline = PyramidPipeline.from_pretrained(run).to(inception.device)
-        for solver, number, scale in missing:
-            steps = (number + 1) // 2 if solver == "heun" else number  # all but the last of its steps take two
-            options = SolverOptions(solver, steps=steps, guidance=scale)
+        for name, options in missing.items():
             features, _ = sample_features(pipeline, inception, args.samples, 1, options)
-            found[measured(solver, number, scale)] = reference.distances(features)
+            found[name] = reference.distances(features)
             write_json(kept, found)
         if "rk45_nfe" not in found:
             found["rk45_nfe"] = pipeline(num_images=16, seed=1, solver="rk45", rtol=1e-3, atol=1e-3).nfe
@@ -266,27 +266,34 @@ def network_row(
     return found
 
 
-def measured(solver: str, evaluations: int, guidance: float = 1.0) -> str:
-    """A result's name."""
-    return f"{solver}_{evaluations}" + ("" if guidance == 1 else f"_guided_{guidance:g}")
+def ways(args: argparse.Namespace, *, early: bool) -> dict[str, SolverOptions]:
+    """How samples are drawn, by the name of what is measured of them; without guidance where a network has no early
+    predictions."""
+    found = {}
+    for solver in args.solvers:
+        for evaluations in args.evaluations:
+            for guidance in args.guidance if early else [1.0]:
+                steps = (evaluations + 1) // 2 if solver == "heun" else evaluations  # all but its last take two
+                name = f"{solver}_{evaluations}" + ("" if guidance == 1 else f"_guided_{guidance:g}")
+                found[name] = SolverOptions(solver, steps=steps, guidance=guidance)
+    return found
 
 
-def network_table(groups: dict[str, list[Result]], solvers: Sequence[str], evaluations: Sequence[int]) -> str:
-    """A line a group of seeds and solver."""
+def network_table(groups: dict[str, list[Result]], drawn: Sequence[str]) -> str:
+    """A line a group of seeds: KID by each way to draw, FID by the last; of a way that its flows cannot go, nothing."""
     levels = [key for key in next(iter(groups.values()))[0]["losses"] if key.startswith("held_out_")]
-    head = ["", "solver", *(f"KID x 1000, {n} evaluations" for n in evaluations), f"FID, {evaluations[-1]}"]
+    head = ["", *(f"KID x 1000, {each.replace('_', ' ')}" for each in drawn), f"FID, {drawn[-1].replace('_', ' ')}"]
     head += [f"{key.removeprefix('held_out_')}: held-out loss (gap)" for key in levels]
     lines = []
     for name, results in groups.items():
-        losses = []
+        cells = [name]
+        for each in drawn:
+            cells.append(spread_of([1000 * r[each]["kid"] for r in results if each in r], 1))
+        cells.append(spread_of([r[drawn[-1]]["fid"] for r in results if drawn[-1] in r], 1))
         for key in levels:
             gap = mean(r["losses"][key] - r["losses"][key.replace("held_out", "train")] for r in results)
-            losses.append(f"{spread((r['losses'][key] for r in results), 3)} ({gap:+.3f})")
-        about = [*losses, f"{mean(r['rk45_nfe'] for r in results):.0f}", str(len(results))]
-        for solver in solvers:
-            distances = [[r[f"{solver}_{n}"] for r in results] for n in evaluations]
-            kids = [spread((1000 * d["kid"] for d in each), 1) for each in distances]
-            lines.append([name, solver, *kids, spread((d["fid"] for d in distances[-1]), 1), *about])
+            cells.append(f"{spread((r['losses'][key] for r in results), 3)} ({gap:+.3f})")
+        lines.append([*cells, f"{mean(r['rk45_nfe'] for r in results):.0f}", str(len(results))])
     return markdown([*head, "NFE of RK45 at 1e-3", "seeds"], lines)
 
 
@@ -314,7 +321,7 @@ def ablate_network(args: argparse.Namespace) -> None:
                     "after the autoencoder. FID grows as images become fewer, so that the table's cannot be compared "
                     "with these two; KID does not.\n"
                 )
-            report(args.out / "table.md", network_table(groups, args.solvers, args.evaluations) + floor)
+            report(args.out / "table.md", network_table(groups, list(ways(args, early=True))) + floor)
 
 
 def ablate_both(args: argparse.Namespace) -> None:

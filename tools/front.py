@@ -2,7 +2,9 @@
 (`tools/ablate.py both`)."""
 
 import argparse
+import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -30,7 +32,6 @@ from pyramid_ldm.evaluation.reference import Reference, round_trip, sample_featu
 from pyramid_ldm.evaluation.sheets import comparison_grid, grid
 from pyramid_ldm.files import read_lines, write_json
 from pyramid_ldm.pipeline import PyramidPipeline
-from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import latent_values
 from pyramid_ldm.serialization import Stored, assemble, load_model
 from pyramid_ldm.training.runtime import start
@@ -55,6 +56,7 @@ class Front:
         twice = [file.path for file in self.files if file.digest in known]
         if twice:
             raise UserError(f"{args.reference}: {len(twice)} of its images are in {args.data}, too, {twice[0]} first")
+        self.fingerprint = hashlib.sha256("".join(sorted(file.digest for file in self.files)).encode()).hexdigest()[:12]
         self.reference = Reference.of_images(self.files, self.size, inception)
         self.perceptual = PerceptualLoss(args.vgg, torch.device("cpu")) if args.vgg else None
 
@@ -65,19 +67,9 @@ class Front:
             for name in self.args.rows:
                 groups.setdefault(name, []).append(self.row(name, seed))
                 thumbnails = self.thumbnails(max(group[0]["values"] for group in groups.values()))
-                drawn = list(self.drawn())
+                drawn = list(ablate.ways(self.args, early=True))
                 ablate.report(self.args.out / "table.md", table(groups, thumbnails, drawn, self.notes()))
                 draw(groups, thumbnails, drawn, self.args.out / "front.png")
-
-    def drawn(self) -> dict[str, SolverOptions]:
-        """What samples are drawn by."""
-        args = self.args
-        return {
-            ablate.measured(solver, number, scale): SolverOptions(solver, steps=number, guidance=scale)
-            for solver in args.solvers
-            for number in args.evaluations
-            for scale in args.guidance
-        }
 
     def notes(self) -> str:
         """What the figures depend on."""
@@ -94,7 +86,7 @@ class Front:
 
     def thumbnails(self, values: int) -> Result:
         """Figures of bicubic thumbnails of as many values."""
-        kept = self.args.out / f"thumbnails-{values}.json"
+        kept = self.args.out / f"thumbnails-{values}-{self.fingerprint}.json"
         if not kept.is_file():
             half = self.reference.half
             paths = self.reference.images[-half:]
@@ -125,8 +117,11 @@ class Front:
         network = row.get("network", "ours")
         build = baselines.builder(network, row.get("width", 1.0))
         run.mkdir(parents=True, exist_ok=True)
-        asked = {"ae": to_yaml(config), "network": network, "flow": to_yaml(flow), "samples": args.samples}
-        ablate.remember(run, asked | {"real": len(self.files)})
+        asked = {
+            "ae": to_yaml(config), "network": network, "width": row.get("width", 1.0), "flow": to_yaml(flow),
+            "crops": args.crops, "samples": args.samples, "reference": self.fingerprint,
+        }  # fmt: skip
+        ablate.remember(run, asked)
 
         def rebuild(stored: Stored) -> PyramidAutoencoder:
             return assemble(stored, build)
@@ -134,9 +129,9 @@ class Front:
         kept = run / "result.json"
         found: Result = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
         if "rkid" not in found:
-            began = time.perf_counter()
+            whole, began = not (run / "ae").exists(), time.perf_counter()
             model = self.stage_one(config, build, network)
-            found["minutes_ae"] = (time.perf_counter() - began) / 60
+            found["minutes_ae"] = (time.perf_counter() - began) / 60 if whole else None
             crops = ablate.random_crops(Path(config.data.root), config.image_size, ablate.CROPS, config.data.zoom)
             found |= {"values": latent_values(model.levels, self.size), **ablate.latent_statistics(model, crops)}
             found |= self.measure(lambda images: round_trip(model, images))
@@ -146,7 +141,7 @@ class Front:
             comparison_grid(originals, round_trip(model, originals)).save(run / "reconstructions.png")
             write_json(kept, found)
         if "losses" not in found:
-            began = time.perf_counter()
+            whole, began = not (run / "flow").exists(), time.perf_counter()
             options = EncodeOptions(batch_size=32, crops=args.crops, zoom=config.data.zoom)
             encode(run / "ae", args.data, run / "latents", options, start("auto", "auto"), rebuild)
             _, finished = train_flow(flow, rebuild)
@@ -154,17 +149,18 @@ class Front:
                 raise KeyboardInterrupt
             last = {k: v for line in read_lines(run / "flow" / "metrics.jsonl") for k, v in line.items()}
             found["losses"] = {key: value for key, value in last.items() if key.startswith(("train_", "held_out_"))}
-            found["minutes_flow"] = (time.perf_counter() - began) / 60
+            found["minutes_flow"] = (time.perf_counter() - began) / 60 if whole else None
             write_json(kept, found)
-        scales = args.guidance if flow.model.early else [1.0]
-        missing = [key for key, options in self.drawn().items() if key not in found and options.guidance in scales]
+        ways = ablate.ways(args, early=flow.model.early)
+        missing = [name for name in ways if name not in found]
         if missing or not (run / "samples.png").is_file():
             pipeline = PyramidPipeline.from_pretrained(run / "flow", rebuild).to(self.inception.device)
             for each in missing:
-                features, _ = sample_features(pipeline, self.inception, args.samples, 1, self.drawn()[each])
+                features, _ = sample_features(pipeline, self.inception, args.samples, 1, ways[each])
                 found[each] = self.reference.distances(features)
                 write_json(kept, found)
-            drawn = pipeline(num_images=SHOWN, seed=1, guidance=scales[-1], batch_size=SHOWN)
+            guidance = list(ways.values())[-1].guidance
+            drawn = pipeline(num_images=SHOWN, seed=1, guidance=guidance, batch_size=SHOWN)
             grid(drawn.images, 8).save(run / "samples.png")
         return found
 
@@ -201,18 +197,17 @@ def table(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[s
     for name, results in groups.items():
         cells = [name, str(results[0]["values"])]
         for key, _, digits in ablate.COLUMNS:
-            known = [r[key] for r in results if r.get(key) is not None]
-            cells.append(ablate.spread(known, digits) if known else "-")
+            cells.append(ablate.spread_of([r[key] for r in results if r.get(key) is not None], digits))
         cells.append(ablate.spread((1000 * r["rkid"] for r in results), 1))
         for each in drawn:
-            known = [1000 * r[each]["kid"] for r in results if each in r]
-            cells.append(ablate.spread(known, 1) if known else "-")
+            cells.append(ablate.spread_of([1000 * r[each]["kid"] for r in results if each in r], 1))
         first = results[0]
         cells.append(", ".join(f"{v:.2f}" for key, v in first["losses"].items() if key.startswith("held_out_")))
         for key in ("std", "noise", "predictable"):
             cells.append(", ".join("-" if value is None else f"{value:.2f}" for value in first[key]))
-        minutes = (mean(r[key] for r in results) for key in ("minutes_ae", "minutes_flow"))
-        lines.append([*cells, " + ".join(f"{each:.1f}" for each in minutes), str(len(results))])
+        minutes = ([r[key] for r in results if r[key] is not None] for key in ("minutes_ae", "minutes_flow"))
+        cells.append(" + ".join(f"{mean(each):.1f}" if each else "-" for each in minutes))  # of those in one go
+        lines.append([*cells, str(len(results))])
     cells = [f"{thumbnails[key]:.{digits}f}" if key in thumbnails else "-" for key, _, digits in ablate.COLUMNS]
     blank = [""] * (len(drawn) + 6)
     lines.append(
@@ -233,7 +228,7 @@ def draw(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[st
     sheet, axis = plt.subplots(figsize=(7.5, 5.5))
     for number, (name, results) in enumerate(groups.items()):
         x = [r["psnr"] for r in results]
-        y = [1000 * next(r[each]["kid"] for each in reversed(drawn) if each in r) for r in results]
+        y = [1000 * next((r[each]["kid"] for each in reversed(drawn) if each in r), math.nan) for r in results]
         axis.scatter(x, y, color=f"C{number % 10}", marker="osD^v"[number // 10 % 5], label=name)
         axis.plot(x, y, color=f"C{number % 10}", linewidth=0.7)
     axis.axvline(thumbnails["psnr"], color="grey", linestyle=":", label="bicubic thumbnail")

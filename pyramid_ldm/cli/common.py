@@ -120,7 +120,8 @@ def add_solver(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=Number(float, 0.0, 100.0),
         default=1.0,
-        help="extrapolate from what the network says on its way down (model.early); 1 does not (default: 1)",
+        help="internal guidance: extrapolate from what the network says on its way down, 1.5 to 3 for networks with "
+        "model.early; 1: none (default: 1)",
     )
     parser.add_argument("--rtol", type=tolerance, help="of adaptive steps, relative tolerance (default: 1e-5)")
     parser.add_argument("--atol", type=tolerance, help="of adaptive steps, absolute tolerance (default: 1e-5)")

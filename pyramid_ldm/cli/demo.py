@@ -11,7 +11,7 @@ from pyramid_ldm.cli import encode, sample, train_ae, train_flow
 from pyramid_ldm.cli.common import Number, find_config, folder, quoted
 
 NAME = "demo"
-HELP = "the whole job on built-in landscapes, on a CPU in a few minutes (run again to resume)"
+HELP = "the whole job on built-in landscapes, on a CPU in minutes, or at 1024x2048 in an hour (run again to resume)"
 EXAMPLE = "pyramid-ldm demo --out demo/"
 
 

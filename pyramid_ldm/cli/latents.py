@@ -5,9 +5,7 @@ import argparse
 from pyramid_ldm.cli.common import MOST, add_device, folder, whole
 
 NAME = "latents"
-HELP = (
-    "what each latent level holds: images from one level, from all but one (PDM figure 7), from the coarsest up to one"
-)
+HELP = "what each latent level holds: images from one, from all but one (PDM figure 7), from the coarsest up to one"
 EXAMPLE = "pyramid-ldm latents runs/scapes2k-ae --data photos/ --out latents.png"
 
 

@@ -6,7 +6,7 @@ from pyramid_ldm.cli.common import MOST, add_device, add_solver, folder, solver_
 
 NAME = "sample"
 HELP = "draw new images with a trained flow (run again to resume)"
-EXAMPLE = "pyramid-ldm sample runs/scapes2k-flow --num 16 --seed 0 --solver rk45 --out samples/"
+EXAMPLE = "pyramid-ldm sample runs/scapes2k-flow --num 16 --seed 0 --out samples/"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=folder, required=True, help="folder for PNGs, grid.png and samples.jsonl; of one flow and solver"
     )
     parser.add_argument(
-        "--pairs", action="store_true", help="write a cache of noise and latents to --out, for train-flow, no pictures"
+        "--pairs",
+        action="store_true",
+        help="for reflow: write latents and which noise they were drawn from to --out, a cache that train-flow "
+        "reads, and no pictures",
     )
     add_solver(parser)
     parser.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
@@ -50,6 +53,8 @@ def run(arguments: argparse.Namespace) -> bool:
         if arguments.first:
             raise UserError("--first is for pictures; pairs begin at 0")
         draw_pairs(pipeline, out, arguments.num, arguments.seed, options, runtime, batch_size=arguments.batch_size)
+        if runtime.main:
+            print(f"done: {out}\nnext: pyramid-ldm train-flow CONFIG data.shards={out} init={arguments.flow}")
         return True
     settings = settings_of(pipeline, options, runtime.bf16)
     if runtime.main:

@@ -194,8 +194,6 @@ class LossConfig(Section):
 class AutoencoderTrainConfig(TrainConfig):
     """How stage one looks at an image: the encoder and the levels with attention always see all of it."""
 
-    # Without norms networks diverge where weights grow, and reconstruct worse.
-    max_norm: float = key(0.7, at_least=0, before=0.0)
     # Reconstruct and judge only so many random parts of each image; 0: all of it.
     regions: int = key(0, at_least=0, at_most=2**16, may_change=True)
     region_size: int = key(512, at_least=1, at_most=MOST_SIDE, may_change=True)  # pixels a side
@@ -231,4 +229,23 @@ class AutoencoderTraining(Section):
             self.train.regions == 0 or self.model.norm != "group",
             "train.regions needs model.norm=pixel or none: with group norms every part of an image depends on all",
         )
+        require(
+            self.train.level_target == "image" or self.loss.gan.weight == 0,
+            "train.level_target=low_pass needs loss.gan.weight=0: the discriminator would learn that blur is real",
+        )
         self.model.resolve(self.image_size)
+
+    def unused(self) -> list[str]:
+        """What is to be said of keys that are not read, and of terms that never act."""
+        found, train, gan, perceptual = self.train.unused(), self.train, self.loss.gan, self.loss.perceptual
+        for name, weight, start in (
+            ("loss.perceptual", perceptual.weight, perceptual.start),
+            ("loss.gan", gan.weight, gan.start + gan.disc_warmup),
+        ):
+            if weight > 0 and start >= train.images:
+                found.append(f"{name} never acts: it begins at image {start}, and train.images is {train.images}")
+        if train.level_dropout and len(self.model.levels) == 1:
+            found.append(f"train.level_dropout={train.level_dropout:g} is not used: there is one level")
+        if train.level_target != "image" and not train.level_dropout:
+            found.append(f"train.level_target={train.level_target} is not used: train.level_dropout is 0")
+        return found

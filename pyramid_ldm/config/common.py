@@ -24,12 +24,19 @@ class TrainConfig(Section):
     warmup: int = key(0, at_least=0, at_most=MOST_IMAGES)  # images over which the rate rises linearly from 0
     decay: str = key("constant", choices=("constant", "cosine"))  # cosine: to 0 at train.images
     optimizer: str = key("adam", choices=("adam", "muon"))  # muon: of matrices; the others still move by Adam
-    # muon: the weights of an output of such a matrix are at most so long, as a vector; 0: as long as they get.
-    max_norm: float = key(0.0, at_least=0)
+    # muon: the weights of an output of such a matrix are at most so long, as a vector; 0: as long as they get; null:
+    # 0.7 in stage one, 0 in stage two (docs/EXPERIMENTS.md).
+    max_norm: float | None = key(None, at_least=0)
     beta1: float = key(0.9, at_least=0, below=1)
     beta2: float = key(0.999, at_least=0, below=1)
     gradient_clip: float = key(1.0, at_least=0)  # maximum norm; 0 turns it off
     max_nonfinite: int = key(10, at_least=1, may_change=True)  # steps in a row without a finite loss before it stops
+
+    def unused(self) -> list[str]:
+        """What is to be said of keys that are not read."""
+        if self.max_norm is None or self.optimizer == "muon":
+            return []
+        return [f"train.max_norm={self.max_norm:g} is not used: it is for train.optimizer=muon"]
 
 
 class EmaConfig(Section):

@@ -248,7 +248,7 @@ class FlowTraining(Section):
     model: NCSNppConfig = key(NCSNppConfig)
     data: FlowDataConfig = key(FlowDataConfig)
     # A run of the same network to begin with: its average of width ema.export, its latents' scale.
-    init: str | None = key(None, path=True, may_change=True)
+    init: str | None = key(None, path=True)
     process: str = key("rectified_flow", choices=PROCESSES)
     # How training draws its times' quantiles; low_discrepancy: evenly over any stretch of images.
     times: str = key("independent", choices=("independent", "low_discrepancy"))
@@ -267,8 +267,10 @@ class FlowTraining(Section):
         self.data.check()
 
     def unused(self) -> list[str]:
-        """What is to be said of keys that another process would read."""
-        found = []
+        """What is to be said of keys that are not read."""
+        found = self.train.unused()
+        if self.data.jitter and self.data.shards is None:
+            found.append(f"data.jitter={self.data.jitter:g} is not used: it is for pairs of noise and latents")
         for name in PROCESSES:
             section, plain = getattr(self, name), type(getattr(self, name))()
             keys = [f.name for f in fields(section) if getattr(section, f.name) != getattr(plain, f.name)]

@@ -53,9 +53,8 @@ def write_shard(
         gone: images that should be in it and could not be opened; the next `encode` makes the shard again.
     """
     if not torch.isfinite(records).all():
-        raise UserError(
-            f"{directory}: a latent of shard {number} is not finite in {plan.dtype}; encode with --dtype float32"
-        )
+        mend = "encode with --dtype float32" if plan.pairs is None else "the flow that drew it has diverged"
+        raise UserError(f"{directory}: a latent of shard {number} is not finite in {plan.dtype}; {mend}")
     shard, sidecar = shard_paths(directory, number)
     write_atomic(shard, lambda path: save_file({"records": records.contiguous()}, path))
     write_json(
@@ -244,9 +243,9 @@ class LatentCache:
     def __init__(self, directory: Path) -> None:
         if not directory.is_dir():
             raise UserError(f"{directory}: no such directory; make it with `pyramid-ldm encode AE_RUN --data DATA`")
-        again = "copy the shard directory whole, or run the same `pyramid-ldm encode` again"
+        again = "copy the shard directory whole, or run the same `pyramid-ldm encode` (or `sample --pairs`) again"
         if not (directory / INDEX).exists():
-            again = "encode has not finished: run the same `pyramid-ldm encode` again"
+            again = "encode has not finished: run the same `pyramid-ldm encode` (or `sample --pairs`) again"
         index = read_sealed(directory / INDEX, again, FORMAT)
         try:
             self.plan = Plan.from_dict(index["plan"])

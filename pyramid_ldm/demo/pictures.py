@@ -18,7 +18,7 @@ from pyramid_ldm.data.images import to_pil, to_tensor
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.demo.photographs import LARGE
 from pyramid_ldm.demo.report import Chart, Curve, Section, read_curve, write_report
-from pyramid_ldm.evaluation.latents import progress_by_level
+from pyramid_ldm.evaluation.latents import psnr_by_level
 from pyramid_ldm.evaluation.metrics import bicubic, psnr
 from pyramid_ldm.evaluation.sheets import comparison_grid, grid, latents_sheet
 from pyramid_ldm.files import write_json
@@ -79,7 +79,7 @@ def make_pictures(out: Path, seconds: float) -> Figures:
     index, distance = nearest_neighbours(samples, training)
     originals, decodings, _ = (torch.stack(images) for images in zip(*shown, strict=True))
     zeros = tuple(torch.zeros_like(level) for level in latents)
-    levels = [seen for seen, _ in progress_by_level(autoencoder, originals, zeros)]
+    levels = [seen for seen, _ in psnr_by_level(autoencoder, originals, zeros)]
     found = Figures(
         psnr=mean(ours for ours, _ in figures),
         bicubic_psnr=mean(theirs for _, theirs in figures),

@@ -21,7 +21,7 @@ from pyramid_ldm.data.images import image_size
 from pyramid_ldm.data.shards import INDEX
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.frechet import Inception, Moments, frechet_distance, kernel_distance
-from pyramid_ldm.evaluation.metrics import bicubic, grid, psnr, ssim
+from pyramid_ldm.evaluation.metrics import bicubic, periodic_error, psnr, ssim
 from pyramid_ldm.evaluation.reference import (
     EVERY,
     Choice,
@@ -104,7 +104,7 @@ def photographs(path: Path, data: Path, size: tuple[int, int], settings: Evaluat
 
 
 def evaluate_autoencoder(path: Path, data: Path, settings: Evaluation) -> tuple[dict[str, Any], str]:
-    """PSNR, SSIM, grid, LPIPS, rFID and rKID of reconstructed centre crops, and of thumbnails of as many values."""
+    """PSNR, SSIM, periodic error, LPIPS, rFID and rKID of centre crops reconstructed, and of thumbnails."""
     autoencoder = load_autoencoder(path).to(settings.device)
     height, width = autoencoder.image_size
     files = photographs(path, data, (height, width), settings)
@@ -122,7 +122,8 @@ def evaluate_autoencoder(path: Path, data: Path, settings: Evaluation) -> tuple[
     )
     figures = {"what": "autoencoder", "photographs": count, "size": [height, width], "values": values} | found
     titles = {
-        "psnr": "PSNR, dB", "ssim": "SSIM", "grid": "grid", "lpips": "LPIPS", "rfid": "rFID", "rkid": "rKID x 1000"
+        "psnr": "PSNR, dB", "ssim": "SSIM", "periodic": "periodic error", "lpips": "LPIPS", "rfid": "rFID",
+        "rkid": "rKID x 1000",
     }  # fmt: skip
     rows = [["", *(titles[key] for key in found["bicubic"])]]
     rows += [[name, *(number(key, value) for key, value in found[name].items())] for name in ways]
@@ -291,11 +292,12 @@ def reconstruction_figures(
 
 
 def nearness(images: Tensor, targets: Tensor, perceptual: Metric | None) -> list[Scores]:
-    """PSNR, SSIM, LPIPS and grid of each."""
+    """PSNR, SSIM, LPIPS and periodic error of each."""
     found = []
     for image, target in zip(images.split(1), targets.split(1), strict=True):
         figures = {
-            "psnr": float(psnr(image, target)), "ssim": float(ssim(image, target)), "grid": float(grid(image, target))
+            "psnr": float(psnr(image, target)), "ssim": float(ssim(image, target)),
+            "periodic": float(periodic_error(image, target)),
         }  # fmt: skip
         if perceptual is not None:
             figures["lpips"] = float(perceptual(image, target))

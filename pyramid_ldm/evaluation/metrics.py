@@ -41,7 +41,7 @@ def ssim(image: Tensor, target: Tensor) -> Tensor:
     return similarity.flatten(1).mean(dim=1)
 
 
-def grid(image: Tensor, target: Tensor, period: int = 16) -> Tensor:
+def periodic_error(image: Tensor, target: Tensor, period: int = 16) -> Tensor:
     """How much of the error repeats every `period` pixels or a whole part of that, (B,): 1 for none, more for the
     hatching that patches, pixel shuffles and GANs leave.
 
@@ -52,16 +52,16 @@ def grid(image: Tensor, target: Tensor, period: int = 16) -> Tensor:
     while min(image.shape[2:]) < 4 * period:
         period //= 2
     if period < 2:
-        raise ValueError(f"images of {image.shape[2]}x{image.shape[3]} are too small to have a grid")
+        raise ValueError(f"images of {image.shape[2]}x{image.shape[3]} are too small for a period")
     height, width = (side - side % period for side in image.shape[2:])
-    error = (image.double() - target.double()).mean(dim=1)[:, :height, :width]
-    power = torch.fft.fft2(error).abs().square()
+    error = (image.double() - target.double())[..., :height, :width]
+    power = torch.fft.fft2(error).abs().square().sum(dim=1)
     at, beside = torch.zeros(len(error), 2, dtype=power.dtype, device=power.device).unbind(1)
     for profile in (power.mean(dim=1), power.mean(dim=2)):  # over vertical frequencies, over horizontal ones
         side = profile.shape[1]
         peaks = torch.arange(1, period, device=power.device) * (side // period)
         at = at + profile[:, peaks].mean(dim=1)
-        beside = beside + (profile[:, peaks - 1] + profile[:, (peaks + 1) % side]).mean(dim=1) / 2
+        beside = beside + (profile[:, peaks - 1] + profile[:, peaks + 1]).mean(dim=1) / 2
     return torch.where(beside > 0, at / beside, 1.0).float()
 
 

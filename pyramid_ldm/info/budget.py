@@ -175,7 +175,7 @@ def describe_step(config: Any, peak: int, state: int, runtime: Runtime) -> str:
     """What a step needs, and how much of it lives between steps."""
     return (
         f"{gib(peak)} at train.batch_size={config.train.batch_size}, {precision(runtime)}; "
-        f"{gib(state)} of it between steps (weights, Adam, averages)"
+        f"{gib(state)} of it between steps (weights, optimizer, averages)"
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, NCSNppConfig, load_saved
 from pyramid_ldm.config.fixed import FIXED, FixedConfig, load_stage_one
+from pyramid_ldm.data.plan import Plan
 from pyramid_ldm.data.shards import AUTOENCODER, INDEX, LatentCache
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json
@@ -195,7 +196,8 @@ def shards(path: Path) -> dict[str, str]:
     rows = {"what": "latent shards", "size": describe_files(path)}
     if not (path / INDEX).is_file():
         done = len(list(path.glob("[0-9]*.safetensors")))
-        return rows | {"state": f"unfinished: {done} shards, no {INDEX}; run the same `pyramid-ldm encode` again"}
+        again = "run the same `pyramid-ldm encode` (or `sample --pairs`) again"
+        return rows | {"state": f"unfinished: {done} shards, no {INDEX}; {again}"}
     cache = LatentCache(path)
     plan, splits = cache.plan, Counter(row.split for row in cache.rows)
     shapes = " + ".join(f"{h}x{w}x{c}" for c, h, w in plan.shapes())
@@ -204,13 +206,11 @@ def shards(path: Path) -> dict[str, str]:
         "records": f"{len(cache.rows)} in {len(cache.shards)} shards: {splits['train']} to train on, "
         f"{splits['held_out']} held out; {len({row.source for row in cache.rows})} images"
         + (f", {cache.missing} more are missing (they cannot be read)" if cache.missing else ""),
-        "images": f"{plan.image_size[0]}x{plan.image_size[1]}, "
-        + (f"{plan.crops} random crops, zoom up to {plan.zoom:g}" if plan.crops else "centre crop")
-        + (", with mirrored copies" if plan.flip else ""),
+        "images": f"{plan.image_size[0]}x{plan.image_size[1]}, {describe_cuts(plan)}",
         "latents": f"{shapes}, 1:{compression_ratio(plan.levels, plan.image_size):.1f}; a record is "
         f"{plan.record_length()} values ({'mean and log-variance' if plan.has_variance else 'latents'}), {plan.dtype}",
         "latent std": stds,
-        "encoded in": plan.precision,
+        "encoded in" if plan.pairs is None else "drawn in": plan.precision,
         "data": plan.data,
         "autoencoder": plan.autoencoder,
     }
@@ -218,6 +218,14 @@ def shards(path: Path) -> dict[str, str]:
     if saved.is_file():
         rows["autoencoder"] += "; " + describe_autoencoder(load_stage_one(saved))["autoencoder"]
     return rows
+
+
+def describe_cuts(plan: Plan) -> str:
+    """How photographs became images; of pairs, that they are a flow's."""
+    if plan.pairs is not None:
+        return "samples of a flow, with the noise that they were drawn from"
+    cut = f"{plan.crops} random crops, zoom up to {plan.zoom:g}" if plan.crops else "centre crop"
+    return f"{cut}, with mirrored copies" if plan.flip else cut
 
 
 def describe_files(path: Path) -> str:

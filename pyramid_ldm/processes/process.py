@@ -21,7 +21,7 @@ from pyramid_ldm.pyramid import Pyramid, sinc_shared
 
 SPACINGS = ("uniform", "cosine", "karras")
 FAINTEST = -6.0  # log-SNR
-EARLY_WEIGHT = 0.5  # of the error of what a network says on the way down
+EARLY_WEIGHT = 0.5  # of the error of what a network says on the way down (Zhou et al. 2025, arXiv:2512.24176)
 RHO = 7.0  # Karras et al. 2022, equation 5
 
 
@@ -207,15 +207,14 @@ class Process(ABC):
 
         Args:
             data, noise: clean, and standard normal; (B, C_i, H_i, W_i) a level.
-            jitter: added to what the network sees, and to nothing else.
+            jitter: added to what the network sees, and to nothing else (what a prediction means is read without it).
         """
         noise = self.correlated(noise)
         alphas, sigmas = self.all_coefficients(t, len(data))
         noisy = self.interpolate(data, noise, t)
-        if jitter is not None:
-            noisy = tuple(z + j for z, j in zip(noisy, jitter, strict=True))
+        seen = noisy if jitter is None else tuple(z + j for z, j in zip(noisy, jitter, strict=True))
         context = replace(self.context(noisy, t, condition or Condition()), early=True)
-        output = self._evaluate(network, noisy, alphas, sigmas, context)
+        output = self._evaluate(network, seen, alphas, sigmas, context)
         output, early = output[: len(data)], output[len(data) :]
         kind = self.error or self.prediction
         target = self._target(kind, data, noise, noisy, alphas, sigmas)

@@ -137,8 +137,10 @@ class SolverOptions:
     def describe(self) -> str:
         """In a few words."""
         if self.solver not in FIXED:
-            return f"{self.solver}, tolerance {self.tolerances[0]:g}"
-        return f"{self.solver}, {self.count} steps"
+            how = f"{self.solver}, tolerance {self.tolerances[0]:g}"
+        else:
+            how = f"{self.solver}, {self.count} steps"
+        return how if self.guidance == 1 else f"{how}, guidance {self.guidance:g}"
 
     def network_in_bf16(self, bf16: bool) -> bool:
         """Whether the network computes in bfloat16, where the decoder does or does not."""

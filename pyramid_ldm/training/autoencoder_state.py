@@ -25,6 +25,7 @@ from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.schedule import due
 from pyramid_ldm.training.step import NonFinite
 
+MAX_NORM = 0.7  # ours, of 0.35 to 2 (docs/EXPERIMENTS.md)
 Build = Callable[[AutoencoderConfig], PyramidAutoencoder]
 
 
@@ -99,7 +100,7 @@ def build_state(config: AutoencoderTraining, device: torch.device, build: Build 
     return State(
         autoencoder,
         discriminator,
-        build_optimizer(autoencoder, train, device),
+        build_optimizer(autoencoder, train, device, precision=config.precision, max_norm=MAX_NORM),
         disc_optimizer,
         PowerEma(autoencoder, config.ema.widths),
         AutoencoderLoss(loss_config, perceptual, discriminator),

@@ -68,7 +68,7 @@ def build_state(config: FlowTraining, device: torch.device) -> State:
     """Network, optimizer and averages at zero images, on `device`."""
     torch.manual_seed(config.seed)
     network = PyramidNCSNpp(config.model).to(device).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(network, config.train, device)
+    optimizer = build_optimizer(network, config.train, device, precision=config.precision, max_norm=0.0)
     return State(
         network, optimizer, PowerEma(network, config.ema.widths), NonFinite(config.train.max_nonfinite), Metrics()
     )

@@ -19,8 +19,8 @@ class Muon:
     """Muon (Jordan et al. 2024): the matrix of a linear layer, or of a convolution with a row for every output channel,
     moves by its momentum (Nesterov's) made orthogonal, all directions alike. What has fewer than 32 rows or columns,
     and everything else, moves by Adam. One learning rate is for both: a step is scaled by 0.2 sqrt(max(rows, columns)),
-    to the size of Adam's (Liu et al. 2025). Nothing else holds such weights back, and a network without norms ends
-    where they grow: with `max_norm` a row is never longer than that (Srivastava et al. 2014, section 5.1).
+    to the size of Adam's (Liu et al. 2025). Nothing else holds such weights back, and networks without norms diverge
+    where they grow: with `max_norm` above 0 a row is never longer than that (Srivastava et al. 2014, section 5.1).
 
     As `torch.optim.Muon`, but convolutions are matrices, equal shapes are one product, and where a CPU does not compute
     in bfloat16, this does not either (fifty times faster there).
@@ -111,10 +111,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
 Optimizer = torch.optim.Optimizer | Muon
 
 
-def build_optimizer(model: nn.Module, train: TrainConfig, device: torch.device) -> Optimizer:
-    """What `train.optimizer` says."""
+def build_optimizer(
+    model: nn.Module, train: TrainConfig, device: torch.device, *, precision: str, max_norm: float
+) -> Optimizer:
+    """What `train.optimizer` says. `max_norm` stands for a null."""
     betas, fused = (train.beta1, train.beta2), device.type in ("cuda", "cpu")
     if train.optimizer == "muon":
-        bf16 = use_bf16("auto", device)
-        return Muon(model, train.learning_rate, betas, max_norm=train.max_norm, fused=fused, bf16=bf16)
+        max_norm = max_norm if train.max_norm is None else train.max_norm
+        bf16 = use_bf16(precision, device)
+        return Muon(model, train.learning_rate, betas, max_norm=max_norm, fused=fused, bf16=bf16)
     return torch.optim.Adam(model.parameters(), lr=train.learning_rate, betas=betas, fused=fused)

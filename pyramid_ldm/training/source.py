@@ -54,6 +54,11 @@ class Source(ABC):
     def latents(self, batch: Batch) -> Pyramid:
         """Raw latents of a batch, on the device."""
 
+    @property
+    def of_pairs(self) -> bool:
+        """Whether latents come with the noise that they were drawn from."""
+        return False
+
     def noise(self, batch: Batch) -> Pyramid | None:
         """What these latents were drawn from, where that is known, on the device."""
         return None
@@ -101,8 +106,10 @@ class CachedLatents(Source):
                 f"again"
             )
         self.counts = {split: len(self.cache.indices(split)) for split in SPLITS}
-        if config.data.jitter and self.cache.plan.pairs is None:
+        if config.data.jitter and not self.of_pairs:
             self.notes.append(f"data.jitter={config.data.jitter:g} is not used: it is for pairs of noise and latents")
+        if config.data.posterior != "sample" and self.of_pairs:
+            self.notes.append(f"data.posterior={config.data.posterior} is not used: pairs are points")
         if config.data.autoencoder is not None:
             self.notes += [f"data.autoencoder={config.data.autoencoder} is not used: {home} made these latents"]
 
@@ -127,6 +134,11 @@ class CachedLatents(Source):
         flat = batch.latents.to(self.runtime.device, non_blocking=True)
         return unflatten(flat, level_shapes(self.levels, self.cache.plan.image_size))
 
+    @property
+    def of_pairs(self) -> bool:
+        """Of a flow's own samples."""
+        return self.cache.plan.pairs is not None
+
     def noise(self, batch: Batch) -> Pyramid | None:
         """Of pairs."""
         if batch.noise is None:
@@ -136,7 +148,8 @@ class CachedLatents(Source):
 
     def scaling(self, mode: str) -> LatentScaling:
         """Exact, over the cache; of pairs that of the flow that drew them."""
-        if self.cache.plan.pairs is not None:
+        if self.of_pairs:
+            assert self.cache.plan.pairs is not None
             return LatentScaling.from_dict(self.cache.plan.pairs)
         return self.cache.scaling(mode)
 

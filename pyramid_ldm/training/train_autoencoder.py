@@ -52,7 +52,7 @@ class AutoencoderStage(Stage):
         super().__init__(config, run, runtime, state)
         skipped = resume(config, state, run, runtime)
         self.photographs.begin(state.bad)
-        self.notes = [*self.photographs.notes, *skipped]
+        self.notes = [*config.unused(), *self.photographs.notes, *skipped]
         begin(config, state, self.photographs.fingerprint, run, runtime)
         self.model = runtime.wrap(state.autoencoder, config.compile)
         self.discriminator = runtime.wrap(state.discriminator) if state.discriminator is not None else None

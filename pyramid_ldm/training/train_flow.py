@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyramid_ldm.autoencoders.load import Build
 from pyramid_ldm.condition import Condition
+from pyramid_ldm.config import load_saved
 from pyramid_ldm.config.flow import FlowTraining
 from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.data.order import PositionSampler
@@ -163,15 +164,16 @@ def resume(config: FlowTraining, source: Source, state: State, run: Path, runtim
     else:
         state.scaling, state.cache = source.scaling(config.scaling), source.identity()
         if config.init is not None:
-            begin_with(Path(config.init), config, state)
+            begin_with(Path(config.init), config, state, of_pairs=source.of_pairs)
     state.images_per_step = per_step(config.train, runtime)
     record_start(run, config, runtime, state.images_seen, f"{state.cache['data']}-{state.cache['autoencoder']}")
     return skipped
 
 
-def begin_with(parent: Path, config: FlowTraining, state: State) -> None:
+def begin_with(parent: Path, config: FlowTraining, state: State, *, of_pairs: bool) -> None:
     """The parent's averaged weights and its latents' scale into `state`, averages included. UserError where it is no
-    run, or of another network."""
+    run, or of another network, process or autoencoder, or where pairs were drawn in another scale."""
+    assert state.scaling is not None
     found, _ = load_newest(parent)
     if found is None or "network" not in found:
         raise UserError(f"init={parent}: holds no checkpoint of train-flow; give its run directory")
@@ -183,8 +185,18 @@ def begin_with(parent: Path, config: FlowTraining, state: State) -> None:
     for name in sorted(own.keys() | weights.keys()):
         if name not in own or name not in weights or own[name].shape != weights[name].shape:
             raise UserError(f"init={parent}: is a run of another network ({name}); take over its `model` section")
+    now, before = build_process(config), build_process(load_saved(FlowTraining, parent / "config.yaml"))
+    for name, old, new in (
+        ("autoencoder", found["cache"]["autoencoder"], state.cache["autoencoder"]),
+        *((f"process {key}", getattr(before, key), getattr(now, key)) for key in ("NAME", "prediction", "noise")),
+    ):
+        if old != new:
+            raise UserError(f"init={parent}: was trained with another {name.lower()} ({old}, here {new})")
+    scaling = LatentScaling.from_dict(found["scaling"])
+    if of_pairs and scaling.to_dict() != state.scaling.to_dict():
+        raise UserError(f"init={parent}: scales latents in another way than the flow that drew these pairs")
     state.network.load_state_dict(weights)
-    state.scaling = LatentScaling.from_dict(found["scaling"])
+    state.scaling = scaling
     state.ema = PowerEma(state.network, config.ema.widths)
 
 

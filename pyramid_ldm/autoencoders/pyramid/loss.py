@@ -45,7 +45,7 @@ class AdaptiveWeight:
         self.reconstruction = self.gan = None
 
 
-def risen(weight: float, start: int, ramp: int, images_seen: int) -> float:
+def ramped(weight: float, start: int, ramp: int, images_seen: int) -> float:
     """0 before `start` images, then rising linearly over `ramp` images to `weight`."""
     if images_seen < start:
         return 0.0
@@ -54,7 +54,7 @@ def risen(weight: float, start: int, ramp: int, images_seen: int) -> float:
 
 def gan_factor(config: GanConfig, images_seen: int) -> float:
     """Weight of the generator's GAN term, which acts when the discriminator has learned for `disc_warmup` images."""
-    return risen(config.weight, config.start + config.disc_warmup, config.ramp, images_seen)
+    return ramped(config.weight, config.start + config.disc_warmup, config.ramp, images_seen)
 
 
 def discriminator_learns(config: GanConfig, images_seen: int) -> bool:
@@ -81,7 +81,7 @@ class AutoencoderLoss:
         l1 = (image.float() - target).abs().mean()
         total, parts = self.config.l1 * l1, {"l1": l1.detach()}
         perceptual = self.config.perceptual
-        weight = risen(perceptual.weight, perceptual.start, perceptual.ramp, images_seen)
+        weight = ramped(perceptual.weight, perceptual.start, perceptual.ramp, images_seen)
         if self.perceptual is not None and weight > 0:
             lpips = self.perceptual(image, target)
             total = total + weight * lpips
@@ -95,7 +95,7 @@ class AutoencoderLoss:
 
         Args:
             output: of the autoencoder, with its graph.
-            target: (B, 3, H, W), what was encoded.
+            target: (B, 3, H, W), what was encoded, or what is asked for in its place.
             last_weight: the decoder's last layer, for the adaptive GAN weight.
             scale: 1 / micro-batches of the step.
 
