@@ -232,6 +232,7 @@ def test_a_full_disk_is_one_line_and_another_row_is_not_passed_off_as_this_one(t
 def test_a_spread_is_mean_and_standard_deviation():
     assert ablate.spread([20.0, 22.0], 2) == "21.00 ± 1.41"
     assert ablate.spread([20.0], 1) == "20.0"
+    assert ablate.spread([], 1) == "-"
 
 
 def keys_of(config, before=""):

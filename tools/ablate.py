@@ -175,15 +175,12 @@ def thumbnail(config: AutoencoderTraining, values: int, perceptual: PerceptualLo
 
 
 def spread(values: Iterable[float], digits: int) -> str:
-    """Mean ± standard deviation; the value alone of one seed."""
+    """Mean ± standard deviation; the value alone of one seed; a dash for none."""
     known = list(values)
+    if not known:
+        return "-"
     deviation = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
     return f"{mean(known):.{digits}f}{deviation}"
-
-
-def spread_of(values: Sequence[float], digits: int) -> str:
-    """The same; a dash for none."""
-    return spread(values, digits) if values else "-"
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -288,8 +285,8 @@ def network_table(groups: dict[str, list[Result]], drawn: Sequence[str]) -> str:
     for name, results in groups.items():
         cells = [name]
         for each in drawn:
-            cells.append(spread_of([1000 * r[each]["kid"] for r in results if each in r], 1))
-        cells.append(spread_of([r[drawn[-1]]["fid"] for r in results if drawn[-1] in r], 1))
+            cells.append(spread([1000 * r[each]["kid"] for r in results if each in r], 1))
+        cells.append(spread([r[drawn[-1]]["fid"] for r in results if drawn[-1] in r], 1))
         for key in levels:
             gap = mean(r["losses"][key] - r["losses"][key.replace("held_out", "train")] for r in results)
             cells.append(f"{spread((r['losses'][key] for r in results), 3)} ({gap:+.3f})")

@@ -197,10 +197,10 @@ def table(groups: dict[str, list[Result]], thumbnails: Result, drawn: Sequence[s
     for name, results in groups.items():
         cells = [name, str(results[0]["values"])]
         for key, _, digits in ablate.COLUMNS:
-            cells.append(ablate.spread_of([r[key] for r in results if r.get(key) is not None], digits))
+            cells.append(ablate.spread([r[key] for r in results if r.get(key) is not None], digits))
         cells.append(ablate.spread((1000 * r["rkid"] for r in results), 1))
         for each in drawn:
-            cells.append(ablate.spread_of([1000 * r[each]["kid"] for r in results if each in r], 1))
+            cells.append(ablate.spread([1000 * r[each]["kid"] for r in results if each in r], 1))
         first = results[0]
         cells.append(", ".join(f"{v:.2f}" for key, v in first["losses"].items() if key.startswith("held_out_")))
         for key in ("std", "noise", "predictable"):

@@ -148,8 +148,7 @@ class CachedLatents(Source):
 
     def scaling(self, mode: str) -> LatentScaling:
         """Exact, over the cache; of pairs that of the flow that drew them."""
-        if self.of_pairs:
-            assert self.cache.plan.pairs is not None
+        if self.cache.plan.pairs is not None:
             return LatentScaling.from_dict(self.cache.plan.pairs)
         return self.cache.scaling(mode)
 
