@@ -18,7 +18,7 @@ from pyramid_ldm.training.ema import PowerEma, exponent
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
-from pyramid_ldm.training.step import NonFinite, set_learning_rate, take_step
+from pyramid_ldm.training.step import StepGuard, set_learning_rate, take_step
 
 CPU = Runtime(torch.device("cpu"), False)
 
@@ -165,7 +165,7 @@ def test_counts_are_rounded_up_to_whole_steps():
 
 
 def test_too_many_bad_steps_in_a_row_stop_the_run_with_their_files():
-    guard = NonFinite(3)
+    guard = StepGuard(3)
     assert [guard.record(ok, ["x.jpg"]) for ok in (False, False, True, False, False)] == [None] * 5
     assert (guard.count, guard.in_a_row) == (4, 2)
     error = guard.record(False, ["a.jpg", "b.png"])
@@ -196,3 +196,41 @@ def test_a_step_moves_the_weights_by_the_clipped_gradient():
     assert done
     assert weights == pytest.approx([1 - 0.3, 1 - 0.4], abs=1e-5)
     assert metrics == {"norm": 5.0}, "the norm before clipping"
+
+
+def test_a_gradient_out_of_all_proportion_is_left_out():
+    guard = StepGuard(2)
+    norms = [10.0 ** (i % 3 - 1) for i in range(150)]  # two orders of magnitude are nothing unusual
+    assert all(guard.accepts(norm) for norm in norms)
+    assert guard.usual == pytest.approx(sum(norms) / 150, rel=0.1)
+    again = StepGuard(2)
+    again.load_state_dict(guard.state_dict())
+    for one in (guard, again):
+        assert one.accepts(99 * one.usual)
+        assert not one.accepts(200 * one.usual)
+        assert not one.accepts(math.nan)
+        assert one.accepts(1.0), "and the next may be taken"
+
+
+def test_nothing_is_out_of_proportion_at_first():
+    guard = StepGuard(2)
+    assert all(guard.accepts(10.0**i) for i in range(-6, 6))
+    guard = StepGuard(2)
+    guard.load_state_dict({"count": 3, "in_a_row": 1})  # of a checkpoint that knows no norms
+    assert guard.accepts(1e6)
+    assert (guard.count, guard.in_a_row) == (3, 1)
+
+
+def test_the_guard_keeps_the_weights():
+    guard = StepGuard(2)
+    for _ in range(StepGuard.MEMORY):
+        guard.accepts(1.0)
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    taken = []
+    for gradient in (300.0, 1.0):
+        model.weight.grad = torch.tensor([[gradient, 0.0]])
+        taken.append(take_step(optimizer, model, 0.0, CPU, Metrics(), "norm", guard))
+    assert taken == [False, True]
+    assert model.weight[0].tolist() == [0.0, 1.0]

@@ -23,7 +23,7 @@ from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.optimizer import Optimizer, build_optimizer
 from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.schedule import due
-from pyramid_ldm.training.step import NonFinite
+from pyramid_ldm.training.step import StepGuard
 
 MAX_NORM = 0.7  # ours, of 0.35 to 2 (docs/EXPERIMENTS.md)
 Build = Callable[[AutoencoderConfig], PyramidAutoencoder]
@@ -39,7 +39,7 @@ class State:
     disc_optimizer: torch.optim.Optimizer | None
     ema: PowerEma
     loss: AutoencoderLoss
-    nonfinite: NonFinite
+    nonfinite: StepGuard
     codebook: CodebookUse | None
     metrics: Metrics
     images_seen: int = 0
@@ -104,7 +104,7 @@ def build_state(config: AutoencoderTraining, device: torch.device, build: Build 
         disc_optimizer,
         PowerEma(autoencoder, config.ema.widths),
         AutoencoderLoss(loss_config, perceptual, discriminator),
-        NonFinite(train.max_nonfinite),
+        StepGuard(train.max_nonfinite),
         CodebookUse(sizes, loss_config.codebook_restart, device) if sizes else None,
         Metrics(),
     )

@@ -16,7 +16,7 @@ from pyramid_ldm.randomness import uniform
 from pyramid_ldm.training.ema import PowerEma
 from pyramid_ldm.training.log import Metrics
 from pyramid_ldm.training.optimizer import Optimizer, build_optimizer
-from pyramid_ldm.training.step import NonFinite
+from pyramid_ldm.training.step import StepGuard
 
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -28,7 +28,7 @@ class State:
     network: PyramidNCSNpp
     optimizer: Optimizer
     ema: PowerEma
-    nonfinite: NonFinite
+    nonfinite: StepGuard
     metrics: Metrics
     images_seen: int = 0
     images_per_step: int = 0  # 0: not begun
@@ -70,7 +70,7 @@ def build_state(config: FlowTraining, device: torch.device) -> State:
     network = PyramidNCSNpp(config.model).to(device).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(network, config.train, device, precision=config.precision, max_norm=0.0)
     return State(
-        network, optimizer, PowerEma(network, config.ema.widths), NonFinite(config.train.max_nonfinite), Metrics()
+        network, optimizer, PowerEma(network, config.ema.widths), StepGuard(config.train.max_nonfinite), Metrics()
     )
 
 

@@ -15,14 +15,14 @@ from pyramid_ldm.training.checkpoint import prune, save_checkpoint
 from pyramid_ldm.training.log import Metrics, RunLog
 from pyramid_ldm.training.runtime import Interrupted, Runtime, StopRequest, stop_on_signal
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
-from pyramid_ldm.training.step import NonFinite, per_step, rounding_note
+from pyramid_ldm.training.step import StepGuard, per_step, rounding_note
 
 
 class State(Protocol):
     """What a step changes, as far as the loop knows it."""
 
     images_seen: int
-    nonfinite: NonFinite
+    nonfinite: StepGuard
     metrics: Metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,8 +89,8 @@ class Stage(ABC):
 def train(stage: Stage) -> bool:
     """Runs a stage to `train.images`, or to a signal; returns whether it got there.
 
-    Raises UserError where the data or the loss let it go no further; what was done by then is saved, but for a loss
-    that is not finite any more.
+    Raises UserError where the data or the loss let it go no further; what was done by then is saved, but for a gradient
+    that `StepGuard` no longer accepts.
     """
     config, state, runtime = stage.config, stage.state, stage.runtime
     step_images = per_step(config.train, runtime)

@@ -1,4 +1,6 @@
-"""One optimizer step, guarded against values that are not finite."""
+"""One optimizer step, guarded against gradients that are not finite or beyond all proportion."""
+
+import math
 
 import torch
 from torch import nn
@@ -28,45 +30,69 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def take_step(
-    optimizer: Optimizer, model: nn.Module, clip: float, runtime: Runtime, metrics: Metrics, name: str
-) -> bool:
-    """Clips, steps and clears the gradients; skips the step on every process if the norm is not finite on one."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
-    finite = not runtime.any(not bool(torch.isfinite(norm)))
-    if finite:
-        optimizer.step()
-        metrics.add({name: norm})
-    optimizer.zero_grad(set_to_none=True)
-    return finite
+class StepGuard:
+    """Which steps to leave out: those of a gradient that is not finite, or a hundred times as long as those of about
+    the last hundred steps (as VDVAE does, Child 2021): from there on a network
+    would only unlearn. After `limit` in a row the run stops, with its last checkpoint as it was.
+    """
 
-
-class NonFinite:
-    """Counts steps that were skipped; the run stops after `limit` in a row."""
+    OUTLIER, MEMORY = 100.0, 100  # times the usual norm; steps
 
     def __init__(self, limit: int) -> None:
         self.limit, self.count, self.in_a_row = limit, 0, 0
+        self.usual, self.steps = 0.0, 0  # the mean norm, of so many steps, at most MEMORY
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | float]:
         """For the checkpoint."""
-        return {"count": self.count, "in_a_row": self.in_a_row}
+        return {"count": self.count, "in_a_row": self.in_a_row, "usual": self.usual, "steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, int | float]) -> None:
         """The inverse."""
-        self.count, self.in_a_row = state["count"], state["in_a_row"]
+        self.count, self.in_a_row = int(state["count"]), int(state["in_a_row"])
+        self.usual, self.steps = state.get("usual", 0.0), int(state.get("steps", 0))  # older ones have neither
+
+    def accepts(self, norm: float) -> bool:
+        """Whether to take a step with a gradient of this norm, which then counts as usual."""
+        if not math.isfinite(norm) or (self.steps >= self.MEMORY and norm > self.OUTLIER * self.usual):
+            return False
+        self.steps = min(self.steps + 1, self.MEMORY)
+        self.usual += (norm - self.usual) / self.steps
+        return True
 
     @property
     def exceeded(self) -> bool:
         """Whether the run has ended; what it holds then is not worth keeping."""
         return self.in_a_row >= self.limit
 
-    def record(self, finite: bool, sources: list[str]) -> UserError | None:
-        """What to say, with the batch's sources, when there have been too many in a row."""
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        self.count += not finite
+    def record(self, taken: bool, sources: list[str]) -> UserError | None:
+        """What to say, with the batch's sources, when too many in a row were left out."""
+        self.in_a_row = 0 if taken else self.in_a_row + 1
+        self.count += not taken
         if not self.exceeded:
             return None
         return UserError(
-            f"{self.limit} steps in a row gave a loss that is not finite; lower train.learning_rate or use "
-            f"precision=fp32, and run again from the last checkpoint; the last batch: {', '.join(sources[:8])}"
+            f"{self.limit} steps in a row had a gradient that is not finite, or {self.OUTLIER:g} times the usual: "
+            f"training has diverged; lower train.learning_rate or use precision=fp32, and run again from the last "
+            f"checkpoint; the last batch: {', '.join(sources[:8])}"
         )
+
+
+def take_step(
+    optimizer: Optimizer,
+    model: nn.Module,
+    clip: float,
+    runtime: Runtime,
+    metrics: Metrics,
+    name: str,
+    guard: StepGuard | None = None,
+) -> bool:
+    """Clips, steps and clears the gradients. Skips the step on every process if one's norm is not finite or, with a
+    guard, is not accepted."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip if clip > 0 else float("inf"))
+    good = math.isfinite(norm) if guard is None else guard.accepts(float(norm))
+    taken = not runtime.any(not good)
+    if taken:
+        optimizer.step()
+        metrics.add({name: norm})
+    optimizer.zero_grad(set_to_none=True)
+    return taken

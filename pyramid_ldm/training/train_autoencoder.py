@@ -93,9 +93,8 @@ class AutoencoderStage(Stage):
     def step(self, before: int) -> bool:
         """Each network's step is left out by itself; averages and spectral norm follow the autoencoder alone."""
         config, state, runtime = self.config, self.state, self.runtime
-        finite = take_step(
-            state.optimizer, state.autoencoder, config.train.gradient_clip, runtime, state.metrics, "grad_norm"
-        )
+        clip, guard = config.train.gradient_clip, state.nonfinite
+        finite = take_step(state.optimizer, state.autoencoder, clip, runtime, state.metrics, "grad_norm", guard)
         if finite:
             advance_spectral_norm(state.autoencoder)
             state.ema.update(state.autoencoder, state.images_seen, state.images_per_step)

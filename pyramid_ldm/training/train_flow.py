@@ -92,8 +92,8 @@ class FlowStage(Stage):
     def step(self, before: int) -> bool:
         """Network, spectral norm, averages."""
         state = self.state
-        clip = self.config.train.gradient_clip
-        finite = take_step(state.optimizer, state.network, clip, self.runtime, state.metrics, "grad_norm")
+        clip, guard = self.config.train.gradient_clip, state.nonfinite
+        finite = take_step(state.optimizer, state.network, clip, self.runtime, state.metrics, "grad_norm", guard)
         if finite:
             advance_spectral_norm(state.network)
             state.ema.update(state.network, state.images_seen, state.images_per_step)
