@@ -17,14 +17,17 @@ sys.path.insert(0, str(ROOT / "tools"))
 import ablate  # noqa: E402
 import baselines  # noqa: E402
 import front  # noqa: E402
+import large_photographs  # noqa: E402
 
 from pyramid_ldm.config import AutoencoderConfig, AutoencoderTraining, FlowTraining, load_config  # noqa: E402
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig  # noqa: E402
 from pyramid_ldm.config.base import to_yaml  # noqa: E402
 from pyramid_ldm.config.fixed import FIXED, kind_of  # noqa: E402
+from pyramid_ldm.data.images import to_tensor  # noqa: E402
 from pyramid_ldm.demo.scenes import render_landscape  # noqa: E402
 from pyramid_ldm.errors import UserError  # noqa: E402
 from pyramid_ldm.evaluation import frechet  # noqa: E402
+from pyramid_ldm.evaluation.metrics import psnr  # noqa: E402
 from pyramid_ldm.pyramid import Level, latent_values  # noqa: E402
 from pyramid_ldm.training import train_flow  # noqa: E402
 
@@ -213,6 +216,42 @@ def test_wrong_input_is_one_line(tmp_path, photographs, capsys, monkeypatch, fau
     error = capsys.readouterr().err
     assert fault in error
     assert error.count("\n") == 1
+
+
+def test_a_jpeg_is_the_best_that_fits():
+    picture = Image.fromarray(render_landscape(3, 64, 128))
+    image = to_tensor(picture)
+    sizes = [len(large_photographs.fit_jpeg(picture, most)) for most in (500, 900, 1500)]
+    assert all(0.95 * most < size <= most for size, most in zip(sizes, (500, 900, 1500), strict=True))
+    assert large_photographs.fit_jpeg(picture, 100) == b""
+    near = [float(psnr(large_photographs.jpeg(image[None], most), image[None])) for most in (320, 500, 900, 1500)]
+    assert near == sorted(near), "the first is of half the size"
+    assert near[0] > 15
+
+
+def test_patches_lie_side_by_side(monkeypatch):
+    monkeypatch.setattr(large_photographs, "PATCH", 4)
+    images = torch.rand(2, 3, 9, 12)
+    found = large_photographs.patches(images)
+    assert found.shape == (2 * 2 * 3, 3, 4, 4)
+    assert torch.equal(found[6 + 1 * 3 + 2], images[1, :, 4:8, 8:12])
+
+
+@tools
+def test_a_stage_one_is_held_beside_a_jpeg(tmp_path, autoencoder_directory, photographs, monkeypatch, capsys):
+    words = [str(autoencoder_directory), "--data", str(photographs), "--fit", str(photographs), "--vgg", "random",
+             "--inception", "none.pt", "--out", str(tmp_path / "out")]  # fmt: skip
+    assert large_photographs.main(words) == 2
+    assert "is for 32x32" in capsys.readouterr().err
+    for name, value in {"PATCH": 16, "PART": 16, "FIT_STEPS": 2, "BYTES": 8, "Inception": Colours}.items():
+        monkeypatch.setattr(large_photographs, name, value)
+    assert large_photographs.main(words) == 0
+    rows = [line.split(" | ") for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:-2]]
+    assert [row[0].strip("| ") for row in rows] == ["trained", "bicubic thumbnail", "linear codec", "JPEG, 704 bytes"]
+    measured = {row[0].strip("| "): float(row[1]) for row in rows}
+    assert measured["JPEG, 704 bytes"] > measured["trained"], "which nothing was trained"
+    with Image.open(tmp_path / "out" / "sheet.jpg") as sheet:
+        assert sheet.size == (5 * 18 - 2, 6 * 18 - 2)
 
 
 @tools

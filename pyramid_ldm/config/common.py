@@ -30,7 +30,7 @@ class TrainConfig(Section):
     beta1: float = key(0.9, at_least=0, below=1)
     beta2: float = key(0.999, at_least=0, below=1)
     gradient_clip: float = key(1.0, at_least=0)  # maximum norm; 0 turns it off
-    max_nonfinite: int = key(10, at_least=1, may_change=True)  # steps left out in a row before it stops: see `StepGuard`
+    max_nonfinite: int = key(10, at_least=1, may_change=True)  # steps left out in a row (see `StepGuard`) end it
 
     def unused(self) -> list[str]:
         """What is to be said of keys that are not read."""
