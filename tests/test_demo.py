@@ -1,13 +1,19 @@
 """The whole job through the demo, on few and small things."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from pyramid_ldm.cli import demo, main
-from pyramid_ldm.demo import pictures
+from pyramid_ldm.demo import photographs, pictures
 from pyramid_ldm.ownership import claim, mark
 
 ROOT = Path(__file__).parent.parent
@@ -97,3 +103,45 @@ def test_a_demo_of_one_size_is_not_mixed_with_another(tmp_path, capsys):
         assert main(["demo", "--size", "1024x2048", "--out", str(out)]) == 2
         assert f"{out}: holds a demo of 64x64, not 1024x2048; give another --out" in capsys.readouterr().err
         assert not (out / "photographs").exists()
+
+
+def test_processes_that_render_multiply_with_one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    with photographs.one_thread_each():
+        assert {os.environ[name] for name in photographs.THREADS} == {"1"}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_rendering_stops_in_a_line_and_keeps_whole_landscapes(tmp_path, number):
+    words = [sys.executable, "-m", "pyramid_ldm", "demo", "--size", "1024x2048", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        folder = tmp_path / "out" / "photographs"
+        while process.poll() is None and not list(folder.glob("*.jpg")):
+            time.sleep(0.1)
+        os.killpg(process.pid, number)  # as Ctrl-C does: the workers are sent it, too
+        error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error.splitlines()[-1] == "pyramid-ldm: stopped; what is whole stays, and the same command goes on"
+    assert "Traceback" not in error
+    for path in folder.glob("*.jpg"):
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_a_killed_process_of_those_that_render_is_said(tmp_path):
+    words = [sys.executable, "-m", "pyramid_ldm", "demo", "--size", "1024x2048", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not list(tmp_path.glob("out/photographs/*.jpg")):
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.is_file():
+            process.kill()
+            pytest.skip("this system does not say which processes are a process's")
+        os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
+        error = process.communicate()[1]
+    assert process.returncode == 2
+    assert "a process that renders was killed; run again" in error.splitlines()[-1]
+    assert "Traceback" not in error

@@ -33,7 +33,7 @@ ALLOWED = {
     "training": LOW | MIDDLE | {"__init__", "pipeline", "evaluation"},
     "encode": LOW | MIDDLE | {"evaluation", "training"},
     "pairs": LOW | MIDDLE | {"pipeline", "evaluation", "training"},
-    "demo": LOW | MIDDLE | {"evaluation"},
+    "demo": LOW | MIDDLE | {"evaluation", "training"},
     "info": LOW | MIDDLE | {"pipeline", "training"},
 }
 PARTS = [*ALLOWED, "cli", "__init__", "__main__"]
