@@ -73,7 +73,7 @@ class PyramidPipeline:
         self.device = torch.device(device)
         self._bf16.clear()
         for network in (self.network, self.autoencoder):
-            network.to(self.device).to(memory_format=torch.channels_last)
+            network.to(self.device)
         return self
 
     def compile(self) -> Self:
@@ -84,11 +84,15 @@ class PyramidPipeline:
         return self
 
     def _ready(self, name: str, bf16: bool) -> nn.Module:
+        """For use in either precision. What is stored in float32 stays where it was read from, which may be the file,
+        until it is used."""
         network: nn.Module = getattr(self, name)
         if bf16:
             if name not in self._bf16:
-                self._bf16[name] = to_bfloat16(network).to(memory_format=torch.channels_last)
+                self._bf16[name] = to_bfloat16(network)
             network = self._bf16[name]
+        else:
+            network.to(memory_format=torch.channels_last)
         if self._compiled and name == "network" and network._compiled_call_impl is None:
             network.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
         return network
@@ -217,7 +221,7 @@ class PyramidPipeline:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
                 image = network.decode_tiled(parts, tile)[0].float()
             if not torch.isfinite(image).all():  # too large for bfloat16's rounding to survive: once more, in float32
-                image = self.autoencoder.decode_tiled(parts, tile)[0]
+                image = cast(Autoencoder, self._ready("autoencoder", bf16=False)).decode_tiled(parts, tile)[0]
             yield image.cpu()
 
     def save_pretrained(self, directory: str | Path) -> None:

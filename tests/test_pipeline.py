@@ -11,6 +11,8 @@ from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.cli.common import add_device, add_solver, solver_options
 from pyramid_ldm.errors import UserError
+from pyramid_ldm.info.memory import PeakMemory
+from pyramid_ldm.nn.layers import to_bfloat16
 from pyramid_ldm.processes.edm import EDM
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
 from pyramid_ldm.processes.solvers import SolverOptions
@@ -211,3 +213,17 @@ def test_twenty_steps_of_abm2_unless_told_otherwise(directory):
     assert [SolverOptions(name).count for name in ("euler", "ddim", "ancestral", "heun", "dpmpp_2m")] == [200] * 3 + [
         20
     ] * 2
+
+
+def test_bfloat16_needs_no_second_copy_in_float32(directory):
+    pipeline = PyramidPipeline.from_pretrained(directory).to("cpu")
+    before = list(pipeline.network.parameters())
+    places = [p.data_ptr() for p in before]
+    with PeakMemory(pipeline.network.state_dict().values()) as memory:
+        loaded = memory.live
+        low = to_bfloat16(pipeline.network)
+    stays = sum(p.numel() * p.element_size() for p in low.state_dict().values())
+    assert stays < 0.7 * sum(p.numel() * p.element_size() for p in before)
+    assert memory.peak - loaded < 1.2 * stays
+    pipeline(1, solver="euler", steps=1, bf16=True)
+    assert [p.data_ptr() for p in pipeline.network.parameters()] == places, "as they were loaded"

@@ -105,20 +105,38 @@ def float32_conv2d(inputs: int, outputs: int, kernel: int = 3) -> Float32Conv2d:
 
 
 def to_bfloat16(model: Model) -> Model:
-    """A copy for inference under bfloat16 autocast whose convolutions and linear layers hold bfloat16 weights already:
-    autocast would convert each of them at every call. `Float32Conv2d` and everything else stays as it is."""
-    copy = deepcopy(model).requires_grad_(False)
-    fold_spectral_norm(copy)
-    cast_to_bfloat16(copy)
-    return copy
+    """A copy for inference under bfloat16 autocast, channels last, whose convolutions and linear layers hold bfloat16
+    weights already: autocast would convert each of them at every call. `Float32Conv2d` and everything else stays as it
+    is. No float32 copy is made on the way."""
+    if spectral_layers(model):
+        copy = deepcopy(model)
+        fold_spectral_norm(copy)
+        return to_bfloat16(copy)
+    weights = {id(p): nn.Parameter(in_bfloat16(p), requires_grad=False) for p in bfloat16_weights(model)}
+    return deepcopy(model, weights).requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def cast_to_bfloat16(model: nn.Module) -> None:
     """`to_bfloat16` in place, for any model without spectral norm."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, Float32Conv2d):
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
+    for parameter in bfloat16_weights(model):
+        parameter.requires_grad_(False)
+        parameter.data = in_bfloat16(parameter)
+
+
+def bfloat16_weights(model: nn.Module) -> list[nn.Parameter]:
+    """Those that bfloat16 does no harm."""
+    return [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, Float32Conv2d)
+        for parameter in module.parameters(recurse=False)
+    ]
+
+
+def in_bfloat16(parameter: Tensor) -> Tensor:
+    """Channels last, where it has as many dimensions."""
+    layout = torch.channels_last if parameter.ndim == 4 else torch.preserve_format
+    return parameter.detach().to(torch.bfloat16, memory_format=layout)
 
 
 def linear(inputs: int, outputs: int, *, spectral_norm: bool = False) -> nn.Linear:
