@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from pyramid_ldm import workers
 from pyramid_ldm.cli import demo, main
-from pyramid_ldm.demo import photographs, pictures
+from pyramid_ldm.demo import pictures
 from pyramid_ldm.ownership import claim, mark
 
 ROOT = Path(__file__).parent.parent
@@ -108,8 +109,8 @@ def test_a_demo_of_one_size_is_not_mixed_with_another(tmp_path, capsys):
 def test_processes_that_render_multiply_with_one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    with photographs.one_thread_each():
-        assert {os.environ[name] for name in photographs.THREADS} == {"1"}
+    with workers.one_thread_each():
+        assert {os.environ[name] for name in workers.THREADS} == {"1"}
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert "OPENBLAS_NUM_THREADS" not in os.environ
 
@@ -143,5 +144,5 @@ def test_a_killed_process_of_those_that_render_is_said(tmp_path):
         os.kill(int(children.read_text().split()[-1]), signal.SIGKILL)
         error = process.communicate()[1]
     assert process.returncode == 2
-    assert "a process that renders was killed; run again" in error.splitlines()[-1]
+    assert "a process was killed, perhaps because memory ran out; run again" in error.splitlines()[-1]
     assert "Traceback" not in error

@@ -32,7 +32,7 @@ from pyramid_ldm.data.shards import INDEX, LatentCache
 from pyramid_ldm.demo.scenes import render_landscape
 from pyramid_ldm.encode import encode
 from pyramid_ldm.errors import UserError
-from pyramid_ldm.training.runtime import Interrupted
+from pyramid_ldm.signals import Interrupted
 
 SETTINGS = ("data.max_bad_fraction=0.5", "loss.gan.weight=0", "train.images=16", "train.decay=constant", "log.every=8",
             "log.pictures_every=16")  # fmt: skip

@@ -11,7 +11,8 @@ import pyramid_ldm
 PACKAGE = Path(pyramid_ldm.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # What a part may import beside itself. A part is a folder of the package, or a module at its top.
-BASE = {"errors", "files", "ownership", "pictures", "randomness", "pyramid", "condition", "allocator"}
+BASE = {"errors", "files", "ownership", "pictures", "randomness", "pyramid", "condition", "allocator",
+        "signals", "workers"}  # fmt: skip
 LOW = BASE | {"config", "nn", "serialization"}
 MIDDLE = {"processes", "networks", "autoencoders", "data"}
 ALLOWED = {
@@ -19,6 +20,8 @@ ALLOWED = {
     "errors": set(),
     "randomness": set(),
     "allocator": set(),
+    "signals": set(),
+    "workers": {"errors", "signals"},
     "files": {"errors"},
     "ownership": {"errors", "files"},
     "pictures": {"errors", "files"},
@@ -33,7 +36,7 @@ ALLOWED = {
     "training": LOW | MIDDLE | {"__init__", "pipeline", "evaluation"},
     "encode": LOW | MIDDLE | {"evaluation", "training"},
     "pairs": LOW | MIDDLE | {"pipeline", "evaluation", "training"},
-    "demo": LOW | MIDDLE | {"evaluation", "training"},
+    "demo": LOW | MIDDLE | {"evaluation"},
     "info": LOW | MIDDLE | {"pipeline", "training"},
 }
 PARTS = [*ALLOWED, "cli", "__init__", "__main__"]

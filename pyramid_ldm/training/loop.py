@@ -11,9 +11,10 @@ from pyramid_ldm.data.batch import Batch
 from pyramid_ldm.data.order import PositionSampler
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.ownership import replace_directory
+from pyramid_ldm.signals import Interrupted, StopRequest, stop_on_signal
 from pyramid_ldm.training.checkpoint import prune, save_checkpoint
 from pyramid_ldm.training.log import Metrics, RunLog
-from pyramid_ldm.training.runtime import Interrupted, Runtime, StopRequest, stop_on_signal
+from pyramid_ldm.training.runtime import Runtime
 from pyramid_ldm.training.schedule import due, learning_rate, whole_steps
 from pyramid_ldm.training.step import StepGuard, per_step, rounding_note
 

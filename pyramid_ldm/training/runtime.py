@@ -3,13 +3,10 @@
 import contextlib
 import os
 import re
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar, cast
 
 import torch
@@ -20,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pyramid_ldm.allocator import keep_freed_memory
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.randomness import derive_seed
+from pyramid_ldm.signals import StopRequest
 
 T = TypeVar("T")
 
@@ -120,7 +118,7 @@ class Runtime:
                     stack.enter_context(model.no_sync())
             yield
 
-    def fetch(self, stop: "StopRequest", batches: Iterator[T]) -> T:
+    def fetch(self, stop: StopRequest, batches: Iterator[T]) -> T:
         """The next one. One process alone may be interrupted while it waits; several look at signals together, between
         steps."""
         return stop.wait_for(lambda: next(batches)) if self.ranks == 1 else next(batches)
@@ -184,48 +182,3 @@ def cpu_has_bf16() -> bool:
     with contextlib.suppress(OSError):
         return any(flag in Path("/proc/cpuinfo").read_text() for flag in (" avx512_bf16", " amx_bf16"))
     return False
-
-
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM came while a loop waited for data. No Exception: whoever reads a file and expects any, as one
-    does with damaged ones, would take it for the file's."""
-
-
-class StopRequest:
-    """Set by Ctrl-C or SIGTERM; a loop looks at it between steps. A second Ctrl-C ends the process at once."""
-
-    def __init__(self) -> None:
-        self.requested = self._waiting = False
-
-    def wait_for(self, get: Callable[[], T]) -> T:
-        """`get()`, which may take for ever: a signal ends it with `Interrupted`."""
-        self._waiting = True
-        try:
-            if self.requested:
-                raise Interrupted
-            return get()
-        finally:
-            self._waiting = False
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        if self._waiting:
-            self._waiting = False
-            raise Interrupted
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Installs the handlers for the length of a loop."""
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # nobody can send it a signal
-        return
-    previous = {number: signal.signal(number, request._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -1,0 +1,60 @@
+"""Work on many things by several processes, in whatever order it gets done."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TypeVar
+
+from pyramid_ldm.errors import UserError
+from pyramid_ldm.signals import stop_on_signal
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of matrix products
+
+
+def in_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+    """`work` of each item, as soon as it is done, by as many processes as there are cores. Both have to be picklable.
+
+    Raises:
+        KeyboardInterrupt: after a signal, once what was begun is done.
+        UserError: a process was killed.
+    """
+    if not items:
+        return
+    processes, context = min(os.cpu_count() or 1, len(items)), multiprocessing.get_context("spawn")
+    with (
+        stop_on_signal() as stop,
+        one_thread_each(),
+        ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+    ):
+        try:
+            for done in as_completed([pool.submit(work, item) for item in items]):
+                if stop.requested:
+                    break
+                yield done.result()
+        except BrokenProcessPool:
+            if not stop.requested:
+                raise UserError("a process was killed, perhaps because memory ran out; run again, it goes on") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if stop.requested:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """For processes begun here: each would take every core for its matrix products, and wait for the others."""
+    before = {name: os.environ.get(name) for name in THREADS}
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
