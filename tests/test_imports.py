@@ -37,6 +37,7 @@ ALLOWED = {
     "encode": LOW | MIDDLE | {"evaluation", "training"},
     "pairs": LOW | MIDDLE | {"pipeline", "evaluation", "training"},
     "demo": LOW | MIDDLE | {"evaluation"},
+    "check": LOW | MIDDLE | {"evaluation"},
     "info": LOW | MIDDLE | {"pipeline", "training"},
 }
 PARTS = [*ALLOWED, "cli", "__init__", "__main__"]

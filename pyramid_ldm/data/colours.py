@@ -98,6 +98,15 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return image, None
 
 
+def profile_name(profile: bytes | None) -> str | None:
+    """What a colour profile calls itself; None where there is none that can be read."""
+    if not profile:
+        return None
+    with suppress(ImageCms.PyCMSError, OSError):
+        return " ".join(ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).split())[:60]
+    return None
+
+
 def _apply_profile(image: Image.Image, profile: bytes | None) -> Image.Image:
     """To RGB in sRGB; a broken profile, or one for another mode, does not count."""
     with suppress(ImageCms.PyCMSError, OSError):

@@ -25,7 +25,7 @@ from PIL import (
 )
 from torch import Tensor
 
-from pyramid_ldm.data.colours import UnknownValuesError, to_srgb
+from pyramid_ldm.data.colours import UnknownValuesError, profile_name, to_srgb
 from pyramid_ldm.data.digests import UnreadableFileError, with_retries
 
 HEIF = importlib.util.find_spec("pillow_heif") is not None
@@ -87,7 +87,11 @@ def load_image(path: str, at_least: tuple[int, int] | None = None) -> Image.Imag
             permission.
         UserError: the disk fails.
     """
-    data = read_bytes(path)
+    return decode_image(read_bytes(path), path, at_least)
+
+
+def decode_image(data: bytes, path: str, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """`load_image` of a file's content; `path` is what messages call it."""
     try:
         try:
             return _decode(io.BytesIO(data), None, at_least)
@@ -134,6 +138,30 @@ def image_size(path: Path) -> tuple[int, int] | None:
         except Exception:
             return None
     return (width, height) if turned else (height, width)
+
+
+def conversions(data: bytes) -> list[str]:
+    """What `load_image` changes of a file's picture to have it upright, in eight bits and in sRGB, in a few words each;
+    nothing where it is no image."""
+    found = []
+    with suppress(Exception), _open(io.BytesIO(data)) as image:
+        if _orientation(image, None) != 1:
+            found.append("turned upright (EXIF)")
+        if getattr(image, "n_frames", 1) > 1:
+            found.append("the first of several pictures")
+        clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+        if clear:
+            found.append("transparency over white")
+        if image.mode == "F" or image.mode.startswith("I"):
+            found.append("more than eight bits")
+        elif image.mode in ("1", "L", "LA", "La"):
+            found.append("grey")
+        elif image.mode in ("P", "PA", "CMYK", "LAB", "YCbCr", "HSV"):
+            found.append({"P": "palette", "PA": "palette"}.get(image.mode, image.mode))
+        name = profile_name(image.info.get("icc_profile"))
+        if name is not None and "srgb" not in name.lower():
+            found.append(f"colour profile {name}")
+    return found
 
 
 def _open(file: IO[bytes]) -> Image.Image:
