@@ -1,9 +1,7 @@
 """Every image of a folder, read whole: what can be trained on, what is converted for it, what cannot be read, and what
 is there twice (`pyramid-ldm check`)."""
 
-import csv
 import hashlib
-import io
 import os
 import re
 from collections import Counter, defaultdict
@@ -19,7 +17,7 @@ from pyramid_ldm.data.photographs import Photographs, Preprocessing
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.evaluation.sheets import grid
-from pyramid_ldm.files import write_atomic, write_text
+from pyramid_ldm.files import write_atomic, write_csv
 from pyramid_ldm.workers import in_processes
 
 USABLE, SMALL, COPY, UNREADABLE = "usable", "too small", "copy", "unreadable"
@@ -97,7 +95,7 @@ def check(
     )
     findings = with_copies(findings)
     if report is not None:
-        write_report(report, findings)
+        write_csv(report, COLUMNS, map(row, findings))
     usable = [ImageFile(found.path, found.digest, found.size) for found in findings if found.verdict == USABLE]
     text = table(data, findings, size, listing.unreadable, listing.ignored)
     if sheet is not None and cut is not None and usable:
@@ -145,17 +143,10 @@ def near(hashes: Sequence[int]) -> dict[int, int]:
     return found
 
 
-def write_report(path: Path, findings: Sequence[Finding]) -> None:
-    """CSV, one line a file."""
-    text = io.StringIO()
-    rows = csv.writer(text)
-    rows.writerow(COLUMNS)
-    for found in findings:
-        height, width = found.size or ("", "")
-        rows.writerow(
-            [found.path, found.verdict, height, width, "; ".join(found.converted), found.cause, found.like]
-        )  # fmt: skip
-    write_text(path, text.getvalue())
+def row(found: Finding) -> list[object]:
+    """Of the report."""
+    height, width = found.size or ("", "")
+    return [found.path, found.verdict, height, width, "; ".join(found.converted), found.cause, found.like]
 
 
 def table(

@@ -1,12 +1,14 @@
 """Writing files so that a reader never sees half of one, and reading them with errors a person can use."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,13 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Atomic `path.write_text`."""
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Atomic CSV."""
+    text = io.StringIO()
+    csv.writer(text).writerows([columns, *rows])
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -38,6 +38,7 @@ ALLOWED = {
     "pairs": LOW | MIDDLE | {"pipeline", "evaluation", "training"},
     "demo": LOW | MIDDLE | {"evaluation"},
     "check": LOW | MIDDLE | {"evaluation"},
+    "curate": LOW | MIDDLE | {"evaluation"},
     "info": LOW | MIDDLE | {"pipeline", "training"},
 }
 PARTS = [*ALLOWED, "cli", "__init__", "__main__"]

@@ -10,10 +10,22 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from pyramid_ldm import __version__
-from pyramid_ldm.cli import check, demo, encode, evaluate, info, latents, reconstruct, sample, train_ae, train_flow
+from pyramid_ldm.cli import (
+    check,
+    curate,
+    demo,
+    encode,
+    evaluate,
+    info,
+    latents,
+    reconstruct,
+    sample,
+    train_ae,
+    train_flow,
+)
 from pyramid_ldm.errors import UserError
 
-COMMANDS = (demo, check, train_ae, encode, train_flow, sample, reconstruct, latents, evaluate, info)
+COMMANDS = (demo, check, curate, train_ae, encode, train_flow, sample, reconstruct, latents, evaluate, info)
 DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130  # 1 is what Python makes of an exception: a bug
 
 

@@ -83,13 +83,13 @@ def scan(root: Path) -> Folder:
     Raises UserError where the folder is missing, cannot be read, or holds no image.
     """
     found = list_images(root)
-    facts = facts_of([Path(path) for path in found.files], "image", _describe, f"{root}: photographs")
+    facts = facts_of([Path(path) for path in found.files], "image", describe_size, f"{root}: photographs")
     by_digest: dict[str, ImageFile] = {}
     copies = 0
     for path, one in zip(found.files, facts, strict=True):
         if isinstance(one, Facts):
             copies += one.digest in by_digest
-            by_digest.setdefault(one.digest, ImageFile(path, one.digest, _size(one.note)))
+            by_digest.setdefault(one.digest, ImageFile(path, one.digest, noted_size(one.note)))
         else:
             found.unreadable.append(_message(one))
     if not by_digest:
@@ -97,12 +97,14 @@ def scan(root: Path) -> Folder:
     return Folder(root, list(by_digest.values()), copies, found.unreadable, found.ignored)
 
 
-def _describe(path: Path) -> str:
+def describe_size(path: Path) -> str:
+    """What is remembered of an image, for `facts_of`."""
     size = image_size(path)
     return f"{size[0]}x{size[1]}" if size else ""
 
 
-def _size(note: str) -> tuple[int, int] | None:
+def noted_size(note: str) -> tuple[int, int] | None:
+    """The inverse: (height, width) when upright; None where the header did not tell."""
     height, _, width = note.partition("x")
     return (int(height), int(width)) if width else None
 
