@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import lively_autoencoder, randomise, tiny_network
 from PIL import Image
 
+from pyramid_ldm.cli import evaluate as evaluate_command
 from pyramid_ldm.cli import main
 from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.images import to_tensor
@@ -241,3 +243,25 @@ def test_landscapes_are_nearer_to_landscapes_than_grey_is(tmp_path, photographs,
     far = figures_of(tmp_path, shifted(tmp_path / "grey", 100), "--data", photographs, "--inception", inception)
     assert far["of_samples"]["fid"] > 2 * near["of_samples"]["fid"]
     assert far["of_samples"]["kid"] > near["of_samples"]["kid"]
+
+
+def test_the_papers_protocol_draws_as_many_samples_beside_all_photographs(
+    tmp_path, monkeypatch, capsys, flow, photographs, inception
+):
+    monkeypatch.setitem(evaluate_command.PROTOCOLS, "people2k", 5)
+    words = [flow, "--data", photographs, "--inception", inception, "--steps", "2"]
+    found = figures_of(tmp_path, *words, "--protocol", "people2k")
+    assert (found["samples"], found["photographs"], found["held_out"]) == (5, 12, None)
+    for extra in (["--num", "3"], ["--held-out", "0.3"]):
+        assert main(["evaluate", *map(str, words), "--protocol", "people2k", *extra]) == 2
+        assert "leave out --num and --held-out" in capsys.readouterr().err
+
+
+def test_the_papers_protocol_is_in_the_configs():
+    counts = {"lsun_bedrooms_256": 50_000, "lsun_churches_256": 50_000, "celebahq_1024": 30_000, "scapes2k": 10_000,
+              "people2k": 5_000}  # fmt: skip
+    assert counts == evaluate_command.PROTOCOLS
+    for name, count in counts.items():
+        text = (Path(__file__).parent.parent / "diffusion_configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert f"{count:,} samples" in text
+        assert f"--protocol {name}" in text

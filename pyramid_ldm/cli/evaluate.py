@@ -23,6 +23,11 @@ EXAMPLE = (
     "         pyramid-ldm evaluate samples/ --data photos/ --inception inception-2015-12-05.pt --out figures.json"
 )
 
+PROTOCOLS = {  # the paper's data sets: how many samples it draws (PDM section 4.1)
+    "lsun_bedrooms_256": 50_000, "lsun_churches_256": 50_000, "celebahq_1024": 30_000, "scapes2k": 10_000,
+    "people2k": 5_000,
+}  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RUN, --data and what else."""
@@ -45,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1, MOST),
         help="of a flow: samples (default: as many as photographs); otherwise: images to use",
     )
+    parser.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        help="of a flow: as many samples as the paper draws on this data set, beside all photographs",
+    )
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of a flow's samples (default: 0)")
     add_solver(parser)
     parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="of a flow's samples (default: 8)")
@@ -60,6 +70,10 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.training.runtime import start
 
     options = solver_options(arguments)
+    if arguments.protocol is not None:
+        if arguments.num is not None or arguments.held_out is not None:
+            raise UserError("--protocol says how many samples and which photographs; leave out --num and --held-out")
+        arguments.num = PROTOCOLS[arguments.protocol]
     arguments.run_or_pictures = find_stage_one(str(arguments.run_or_pictures))
     runtime = start(arguments.device, arguments.precision)
     if runtime.ranks > 1:
