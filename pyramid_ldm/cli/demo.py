@@ -31,7 +31,7 @@ class Plan:
 PLANS = {
     "64x64": Plan("autoencoder_configs/demo.yaml", "diffusion_configs/demo.yaml", 8.0, 2000, 32, 32, 3.0),
     "1024x2048": Plan(
-        "autoencoder_configs/scapes2k_cpu.yaml", "diffusion_configs/scapes2k_cpu.yaml", 60.0, 600, 8, 4, 1.0
+        "autoencoder_configs/scapes2k_cpu.yaml", "diffusion_configs/scapes2k_cpu.yaml", 60.0, 600, 8, 4, 1.5
     ),
 }  # fmt: skip
 
