@@ -182,4 +182,5 @@ def table(
 
 def names(files: Sequence[Finding]) -> tuple[int, str]:
     """How many, and the first of them."""
-    return len(files), listed(len(files), [Path(found.path).name for found in files]).partition(" ")[2]
+    shown = listed(len(files), [Path(found.path).name for found in files]).partition(" ")[2]
+    return len(files), shown if files else ""
