@@ -2,19 +2,19 @@
 is there twice (`pyramid-ldm check`)."""
 
 import hashlib
+import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from pyramid_ldm.data.digests import Facts, remember
-from pyramid_ldm.data.folder import ImageFile, covers, list_images, listed
-from pyramid_ldm.data.images import UnreadableImage, conversions, decode_image, read_bytes, to_pil
+from pyramid_ldm.data.digests import Facts, FactsCache
+from pyramid_ldm.data.folder import ImageFile, covers, list_images, listed, split_held_out
+from pyramid_ldm.data.images import UnreadableImage, conversions, decode_image, normalise, read_bytes, to_pil
 from pyramid_ldm.data.photographs import Photographs, Preprocessing
-from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.evaluation.sheets import grid
 from pyramid_ldm.files import write_atomic, write_csv
@@ -23,8 +23,12 @@ from pyramid_ldm.workers import in_processes
 USABLE, SMALL, COPY, UNREADABLE = "usable", "too small", "copy", "unreadable"
 BITS = 64  # of a perceptual hash
 ALIKE = 4  # bits in which the hashes of near duplicates may differ
+PLAIN = 3  # bits that are set in that of an image of one colour, at most
 COLUMNS = ("file", "verdict", "height", "width", "converted", "cause", "like")
 CROPS, SIDE = 48, 256  # on the contact sheet, pixels a side at most
+SHEET = b"pyramid-ldm check"  # the comment of a sheet, by which it is known
+KIND = "check 1"  # of what is remembered
+AT_ONCE = 256  # findings that are remembered at once
 
 
 @dataclass(frozen=True)
@@ -33,79 +37,144 @@ class Finding:
 
     path: str
     verdict: str = USABLE
-    size: tuple[int, int] | None = None  # (height, width), upright
+    size: tuple[int, int] | None = None  # (height, width), upright; None where it cannot be read
     converted: tuple[str, ...] = ()  # see `conversions`
     cause: str = ""  # why it cannot be read
     like: str = ""  # the first file with the same content, or that looks the same
-    digest: str = ""  # see `ImageFile`
+    digest: str = ""  # see `ImageFile`; empty where it was not read
     perceptual: int = 0  # a hash that survives re-sampling and compression
-    status: os.stat_result | None = None  # of the file, before it was read
+
+    @property
+    def note(self) -> str:
+        """What is remembered of it."""
+        return json.dumps([self.size, self.converted, self.cause, self.perceptual])
+
+    @classmethod
+    def remembered(cls, path: str, facts: Facts) -> "Finding":
+        """The inverse of `note`."""
+        size, converted, cause, perceptual = json.loads(facts.note)
+        return cls(
+            path,
+            UNREADABLE if size is None else USABLE,
+            None if size is None else (size[0], size[1]),
+            tuple(converted),
+            cause,
+            digest=facts.digest,
+            perceptual=perceptual,
+        )
 
 
-def look(path: str, size: tuple[int, int] | None) -> Finding:
-    """At one file; `size`: (height, width) below which it is too small."""
+@dataclass(frozen=True)
+class Checked:
+    """A folder that was read."""
+
+    data: Path
+    size: tuple[int, int] | None  # (height, width) that images need; None: any
+    findings: list[Finding]  # by path
+    ignored: dict[str, list[str]]  # why: names of files that were not looked at
+
+    @property
+    def usable(self) -> list[ImageFile]:
+        """What training would read."""
+        return [ImageFile(each.path, each.digest, each.size) for each in self.findings if each.verdict == USABLE]
+
+    def write_report(self, path: Path) -> None:
+        """CSV, one line a file."""
+        rows = []
+        for each in self.findings:
+            height, width = each.size or ("", "")
+            rows.append([each.path, each.verdict, height, width, "; ".join(each.converted), each.cause, each.like])
+        write_csv(path, COLUMNS, rows)
+
+    def write_sheet(self, path: Path, cut: Preprocessing, seed: int, held_out: float) -> None:
+        """A JPEG of the crops that training, with this seed and share held out, would see first."""
+        train, _ = split_held_out(self.usable, held_out)
+        photographs = Photographs(train, cut, seed)
+        crops = [to_pil(normalise(photographs[i][0])) for i in range(min(CROPS, len(train)))]
+        for crop in crops:
+            crop.thumbnail((SIDE, SIDE))
+        sheet = grid(crops)
+        write_atomic(path, lambda temporary: sheet.save(temporary, format="JPEG", quality=90, comment=SHEET))
+
+
+def look(path: str) -> tuple[os.stat_result | None, Finding]:
+    """At one file, and its status before it was read. UserError where the disk fails."""
     from imagehash import phash  # SciPy
 
+    data = b""
     try:
         status = os.stat(path)
         data = read_bytes(path)
         image = decode_image(data, path)
-    except (OSError, UserError, UnreadableImage) as error:  # gone; the disk; the content
-        return Finding(path, UNREADABLE, cause=str(error).removeprefix(f"{path}: "))
-    found = (image.height, image.width)
-    return Finding(
+    except (OSError, UnreadableImage) as error:
+        cause = str(error).removeprefix(f"{path}: ")
+        if not data:  # it was not read: another time it may be
+            return None, Finding(path, UNREADABLE, cause=cause)
+        return status, Finding(path, UNREADABLE, cause=cause, digest=digest(data))
+    return status, Finding(
         path,
-        SMALL if size is not None and not covers(found, size) else USABLE,
-        found,
-        tuple(conversions(data)),
-        digest=hashlib.sha256(data).hexdigest()[:32],
+        size=(image.height, image.width),
+        converted=tuple(conversions(data)),
+        digest=digest(data),
         perceptual=int(str(phash(image)), 16),
-        status=status,
     )
 
 
-def check(
-    data: Path,
-    *,
-    size: tuple[int, int] | None = None,
-    cut: Preprocessing | None = None,
-    seed: int = 0,
-    report: Path | None = None,
-    sheet: Path | None = None,
-) -> tuple[str, int]:
-    """Reads every image below `data`: a table of what was found, and how many can be used.
+def digest(data: bytes) -> str:
+    """As `ImageFile` has it."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def check(data: Path, size: tuple[int, int] | None = None) -> Checked:
+    """Reads every image below `data`. What was read is remembered, as far as it got: another check goes on from there,
+    and training need not read files again to know them.
 
     Args:
-        size: (height, width) that images need; None: any.
-        cut: how training would cut them, for the sheet.
-        report: a CSV file, one line a file.
-        sheet: a JPEG of crops that training would see first.
+        size: (height, width) below which an image is too small; None: any will do.
 
-    What is there is remembered: training need not read it again to know it. UserError where there is no image at all.
+    UserError where there is no image, or the disk fails.
     """
     listing = list_images(data)
-    findings: list[Finding] = []
+    mine, images = FactsCache(KIND), FactsCache("image")
+    findings = [unopened(line) for line in listing.unreadable]
+    todo = []
+    for path in listing.files:
+        with suppress(OSError):
+            facts = mine.get(os.stat(path))
+            if facts is not None:
+                findings.append(Finding.remembered(path, facts))
+                continue
+        todo.append(path)
+    fresh: list[tuple[os.stat_result, Finding]] = []
+
+    def remember() -> None:
+        mine.put([(status, Facts(found.digest, found.note)) for status, found in fresh])
+        sizes = [(status, found, found.size) for status, found in fresh if found.size]
+        images.put([(status, Facts(found.digest, f"{size[0]}x{size[1]}")) for status, found, size in sizes])
+        fresh.clear()
+
     with Progress("check", len(listing.files)) as progress:
-        for found in in_processes(partial(look, size=size), listing.files):
-            findings.append(found)
-            progress.advance()
+        progress.advance(len(listing.files) - len(todo))
+        try:
+            for status, found in in_processes(look, todo):
+                findings.append(found)
+                if status is not None:
+                    fresh.append((status, found))
+                if len(fresh) >= AT_ONCE:
+                    remember()
+                progress.advance()
+        finally:
+            remember()
     findings.sort(key=lambda found: found.path)
-    remember(
-        "image", [(f.status, Facts(f.digest, f"{f.size[0]}x{f.size[1]}")) for f in findings if f.size and f.status]
-    )
-    findings = with_copies(findings)
-    if report is not None:
-        write_csv(report, COLUMNS, map(row, findings))
-    usable = [ImageFile(found.path, found.digest, found.size) for found in findings if found.verdict == USABLE]
-    text = table(data, findings, size, listing.unreadable, listing.ignored)
-    if sheet is not None and cut is not None and usable:
-        photographs = Photographs(usable, cut, seed)
-        crops = [to_pil(photographs[i][0].float() / 127.5 - 1) for i in range(min(CROPS, len(usable)))]
-        for crop in crops:
-            crop.thumbnail((SIDE, SIDE))
-        picture = grid(crops)
-        write_atomic(sheet, lambda temporary: picture.save(temporary, format="JPEG", quality=90))
-    return text, len(usable)
+    if size is not None:
+        findings = [replace(f, verdict=SMALL) if f.size and not covers(f.size, size) else f for f in findings]
+    return Checked(data, size, with_copies(findings), listing.ignored)
+
+
+def unopened(line: str) -> Finding:
+    """Of "PATH: why"."""
+    path, _, why = line.rpartition(": ")
+    return Finding(path, UNREADABLE, cause=why)
 
 
 def with_copies(findings: Sequence[Finding]) -> list[Finding]:
@@ -118,10 +187,15 @@ def with_copies(findings: Sequence[Finding]) -> list[Finding]:
         elif found.digest:
             first[found.digest] = found.path
         marked.append(found)
-    originals = [i for i, found in enumerate(marked) if found.digest and found.verdict != COPY]
+    originals = [i for i, found in enumerate(marked) if found.size and found.verdict != COPY and not flat(found)]
     for i, j in near([marked[i].perceptual for i in originals]).items():
         marked[originals[i]] = replace(marked[originals[i]], like=marked[originals[j]].path)
     return marked
+
+
+def flat(found: Finding) -> bool:
+    """Whether there is hardly anything to see, and so nothing to compare."""
+    return not PLAIN < found.perceptual.bit_count() < BITS - PLAIN
 
 
 def near(hashes: Sequence[int]) -> dict[int, int]:
@@ -143,25 +217,14 @@ def near(hashes: Sequence[int]) -> dict[int, int]:
     return found
 
 
-def row(found: Finding) -> list[object]:
-    """Of the report."""
-    height, width = found.size or ("", "")
-    return [found.path, found.verdict, height, width, "; ".join(found.converted), found.cause, found.like]
-
-
-def table(
-    data: Path,
-    findings: Sequence[Finding],
-    size: tuple[int, int] | None,
-    closed: Sequence[str],
-    ignored: dict[str, list[str]],
-) -> str:
+def table(checked: Checked) -> str:
     """How many of each kind, with a few names."""
+    findings, size = checked.findings, checked.size
     by_verdict: dict[str, list[Finding]] = defaultdict(list)
     for found in findings:
         by_verdict[found.verdict].append(found)
     usable = by_verdict[USABLE]
-    rows = [(f"{data}: images", len(findings), ""), ("usable", len(usable), "")]
+    rows = [(f"{checked.data}: images", len(findings), ""), ("usable", len(usable), "")]
     kinds = Counter(kind for found in usable for kind in found.converted)
     rows += [(f"  converted: {kind}", count, "") for kind, count in kinds.most_common()]
     rows.append(("  like another (near duplicates)", *names([found for found in usable if found.like])))
@@ -175,8 +238,7 @@ def table(
         rows.append((f"unreadable: {cause}", *names(files)))
     width = max(len(name) for name, _, _ in rows if len(name) <= 72)
     lines = [f"{name.ljust(width)}  {count:>7}  {shown}".rstrip() for name, count, shown in rows]
-    lines += [f"cannot be opened: {each}" for each in closed]
-    lines += [f"{listed(len(files), files)} {why}" for why, files in ignored.items()]
+    lines += [f"{listed(len(files), files)} {why}" for why, files in checked.ignored.items()]
     return "\n".join(lines)
 
 

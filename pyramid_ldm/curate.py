@@ -1,5 +1,6 @@
 """The two data sets of the paper, from photographs of your own (PDM section 4.1; `pyramid-ldm curate`)."""
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from pyramid_ldm.data.digests import Facts, facts_of
-from pyramid_ldm.data.folder import describe_size, list_images, noted_size
+from pyramid_ldm.data.folder import Listing, describe_size, list_images, noted_size
 from pyramid_ldm.data.images import UnreadableImage, load_image, resize_and_crop
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.progress import Progress
@@ -19,6 +20,7 @@ from pyramid_ldm.workers import in_processes
 REPORT = "curated.csv"
 COLUMNS = ("file", "verdict", "height", "width", "why")
 KEPT, LEFT_OUT, COPY, UNREADABLE = "kept", "left out", "copy", "unreadable"
+DIGITS = 16  # of a content's digest, that its file's name ends with
 QUALITY = 95  # of the JPEGs, without sub-sampling of colours
 RULES = {"scapes2k": (1024, 2048), "people2k": (2048, 2048)}  # (height, width) of what is written
 
@@ -66,38 +68,56 @@ def curate(data: Path, out: Path, rule: str, *, inclusive: bool = False) -> str:
     UserError where nothing is taken, or `out` holds another rule's.
     """
     keep_apart(out, "--out", {"DATA": data})
+    listing = list_images(data)
     about = {"rule": rule, "inclusive": inclusive}
     claim(out, "photographs", "--out", **about)
-    before = {key: marker_of(out).get(key) for key in about}
-    if before != about:
-        raise UserError(f"{out}: was made by another rule ({before}); give another --out")
+    before = marker_of(out)
+    if any(before.get(key) != value for key, value in about.items()):
+        made = f"by {before['rule']}{' --inclusive' * before['inclusive']}" if "rule" in before else "by the demo"
+        raise UserError(f"{out}: was made {made}; give another --out")
     with held(out):
-        verdicts = _curate(data, out, rule, inclusive)
+        verdicts = _curate(data, listing, out, rule, inclusive)
         rows = [[each.path, each.verdict, *(each.size or ("", "")), each.why] for each in verdicts]
         write_csv(out / REPORT, COLUMNS, rows)
     counts = Counter(verdict.verdict for verdict in verdicts)
     if not counts[KEPT]:
         raise UserError(f"{data}: {rule} takes none of {len(verdicts)} images; {out / REPORT} says why")
     told = ", ".join(f"{counts[name]} {name}" for name in (LEFT_OUT, COPY, UNREADABLE))
-    return f"{counts[KEPT]} of {len(verdicts)} images in {out} ({told}); {REPORT} says why"
+    summary = f"{counts[KEPT]} of {len(verdicts)} images in {out} ({told}); {REPORT} says why"
+    others = len(set(made_before(out).values()) - {each.why for each in verdicts if each.verdict == KEPT})
+    return summary + (f"\n{others} others in {out} are of no image in {data}" if others else "")
 
 
-def _curate(data: Path, out: Path, rule: str, inclusive: bool) -> list[Verdict]:
-    listing = list_images(data)
+def made_before(out: Path) -> dict[str, str]:
+    """What `out` holds: file names by the digest's beginning that they end with."""
+    return {path.stem.rpartition("-")[2]: path.name for path in sorted(out.glob("*.jpg"))}
+
+
+def _curate(data: Path, listing: Listing, out: Path, rule: str, inclusive: bool) -> list[Verdict]:
     paths = [Path(path) for path in listing.files]
-    verdicts: dict[str, Verdict] = {each: Verdict(each, UNREADABLE, None, each) for each in listing.unreadable}
+    verdicts: dict[str, Verdict] = {}
+    for line in listing.unreadable:
+        path, _, why = line.rpartition(": ")
+        verdicts[path] = Verdict(path, UNREADABLE, None, why)
     first: dict[str, str] = {}
     todo: list[tuple[str, Path]] = []
+    done = made_before(out)
     for path, facts in zip(listing.files, facts_of(paths, "image", describe_size, f"{data}: photographs"), strict=True):
         if not isinstance(facts, Facts):
             verdicts[path] = Verdict(path, UNREADABLE, None, facts.strerror or str(facts))
-        elif facts.digest in first:
-            verdicts[path] = Verdict(path, COPY, None, first[facts.digest])
-        elif (size := noted_size(facts.note)) and (why := refusal(rule, size, inclusive=inclusive)):
+            continue
+        size, mark = noted_size(facts.note), facts.digest[:DIGITS]
+        if facts.digest in first:
+            verdicts[path] = Verdict(path, COPY, size, first[facts.digest])
+        elif size and (why := refusal(rule, size, inclusive=inclusive)):
             verdicts[path] = Verdict(path, LEFT_OUT, size, why)
+        elif mark in done:
+            verdicts[path] = Verdict(path, KEPT, size, done[mark])
         else:
-            first[facts.digest] = path
-            todo.append((path, out / f"{Path(path).stem[:100]}-{facts.digest[:12]}.jpg"))
+            # As many bytes as any file system takes, none of them half a character.
+            stem = os.fsencode(Path(path).stem)[:120].decode("utf-8", "ignore")
+            todo.append((path, out / f"{stem}-{mark}.jpg"))
+        first.setdefault(facts.digest, path)
     with Progress("curate", len(todo)) as progress:
         for verdict in in_processes(partial(treat, rule=rule, inclusive=inclusive), todo):
             verdicts[verdict.path] = verdict
@@ -106,7 +126,7 @@ def _curate(data: Path, out: Path, rule: str, inclusive: bool) -> list[Verdict]:
 
 
 def treat(what: tuple[str, Path], rule: str, inclusive: bool) -> Verdict:
-    """One file, to its place unless it has one already."""
+    """One file, to its place."""
     path, target = what
     try:
         image = load_image(path)
@@ -116,7 +136,6 @@ def treat(what: tuple[str, Path], rule: str, inclusive: bool) -> Verdict:
     why = refusal(rule, size, inclusive=inclusive)
     if why:
         return Verdict(path, LEFT_OUT, size, why)
-    if not target.exists():
-        made = cut(rule, image)
-        write_atomic(target, lambda temporary: made.save(temporary, format="JPEG", quality=QUALITY, subsampling=0))
+    made = cut(rule, image)
+    write_atomic(target, lambda temporary: made.save(temporary, format="JPEG", quality=QUALITY, subsampling=0))
     return Verdict(path, KEPT, size, target.name)

@@ -79,10 +79,11 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Atomic CSV."""
+    """Atomic CSV, in UTF-8; names that are not have their own bytes."""
     text = io.StringIO()
     csv.writer(text).writerows([columns, *rows])
-    write_text(path, text.getvalue())
+    data = text.getvalue().encode("utf-8", "surrogateescape")
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_json(path: Path, value: Any) -> None:

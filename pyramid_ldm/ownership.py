@@ -24,7 +24,7 @@ FORMAT = 1
 NAMES = {
     "run": "a run directory", "model": "a model", "checkpoint": "a checkpoint", "shards": "a shard directory",
     "samples": "a folder of samples", "reconstructions": "a folder of reconstructions", "demo": "a demo's folder",
-    "photographs": "a demo's photographs",
+    "photographs": "a folder of photographs",
 }  # fmt: skip
 T = TypeVar("T")
 

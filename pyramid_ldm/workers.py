@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
@@ -27,23 +29,48 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> Itera
     if not items:
         return
     processes, context = min(os.cpu_count() or 1, len(items)), multiprocessing.get_context("spawn")
-    with (
-        stop_on_signal() as stop,
-        one_thread_each(),
-        ProcessPoolExecutor(processes, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
-    ):
+    with stop_on_signal() as stop, ProcessPoolExecutor(processes, context, _begin) as pool:
         try:
-            for done in as_completed([pool.submit(work, item) for item in items]):
+            for done in as_completed(_submitted(pool, work, items)):
                 if stop.requested:
                     break
                 yield done.result()
         except BrokenProcessPool:
             if not stop.requested:
-                raise UserError("a process was killed, perhaps because memory ran out; run again, it goes on") from None
+                raise UserError("a process was killed, perhaps because memory ran out; run again") from None
         finally:
             pool.shutdown(cancel_futures=True)
     if stop.requested:
         raise KeyboardInterrupt
+
+
+def _submitted(
+    pool: ProcessPoolExecutor, work: Callable[[Item], Result], items: Sequence[Item]
+) -> list[Future[Result]]:
+    """All items; the first starts the processes, which are deaf to Ctrl-C until they have begun."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        with one_thread_each():
+            return [pool.submit(work, item) for item in items]
+    finally:
+        if blocked is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _begin() -> None:
+    """In each process, first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # which reaches all of a terminal's processes
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # as in the command itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 @contextmanager

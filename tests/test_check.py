@@ -1,9 +1,11 @@
 """`pyramid-ldm check`: every kind of file is counted for what it is."""
 
 import csv
-import os
+import io
 import random
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from pyramid_ldm import check
 from pyramid_ldm.cli import main
 from pyramid_ldm.data import digests
 from pyramid_ldm.data.folder import find_images
+from pyramid_ldm.data.images import conversions
 from pyramid_ldm.demo.scenes import render_landscape
 
 LANDSCAPES = [Image.fromarray(render_landscape(i, 64, 96)) for i in range(8)]
@@ -69,7 +72,7 @@ def test_every_file_has_a_line_that_says_what_it_is(folder, tmp_path, capsys):
         "cmyk.jpg": "CMYK",
         "palette.png": "transparency over white; palette",
         "grey.png": "grey",
-        "deep.png": "more than eight bits",
+        "deep.png": "more than eight bits; grey",
         "xyz.png": "colour profile XYZ identity built-in",
     }
     table = capsys.readouterr().out
@@ -80,18 +83,67 @@ def test_every_file_has_a_line_that_says_what_it_is(folder, tmp_path, capsys):
         assert sheet.width >= 3 * 64
 
 
-def test_what_was_read_is_not_read_again(folder, monkeypatch, tmp_path):
-    for path in folder.rglob("*"):  # not a moment ago
-        os.utime(path, (1e9, 1e9))
-    monkeypatch.setattr(digests, "SETTLED", -(10**18))
-    assert main(["check", str(folder)]) == 0
-    known = find_images(folder)
+def test_what_was_read_is_not_read_again(folder, monkeypatch, capsys):
+    monkeypatch.setattr(digests, "SETTLED", -(10**18))  # however lately they were written
+    words = ["check", str(folder), "--report", str(folder.parent / "files.csv")]
+    assert main(words) == 0
+    before, report = capsys.readouterr().out, (folder.parent / "files.csv").read_text()
+    monkeypatch.setattr(check, "look", None)
     monkeypatch.setattr(digests, "read_facts", None)
+    assert main(words) == 0
+    assert capsys.readouterr().out == before
+    assert (folder.parent / "files.csv").read_text() == report
     for path in ("cut.jpg", "cut2.jpg", "text.jpg"):
-        (folder / path).unlink()  # of these nothing is known
-    assert {file.path for file in find_images(folder)} == {
-        file.path for file in known if not file.path.endswith(("cut.jpg", "cut2.jpg", "text.jpg"))
-    }
+        (folder / path).unlink()  # of these training knows nothing
+    assert len(find_images(folder)) == 9
+
+
+def test_an_interrupted_check_goes_on(folder, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED", -(10**18))
+    looked = []
+
+    def few(work, items):
+        for item in items[:5]:
+            looked.append(item)
+            yield work(item)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "in_processes", few)
+    assert main(["check", str(folder)]) == 130
+    monkeypatch.setattr(check, "in_processes", lambda work, items: (looked.append(i) or work(i) for i in items))
+    assert main(["check", str(folder)]) == 0
+    assert len(looked) == len(set(looked)) == 13
+
+
+def test_nothing_of_the_users_is_overwritten(folder, tmp_path, capsys):
+    words = ["check", str(folder), "--config", "autoencoder_configs/demo.yaml"]
+    mine = tmp_path / "mine.jpg"
+    LANDSCAPES[0].save(mine)
+    content = mine.read_bytes()
+    assert main([*words, "--sheet", str(mine)]) == 2
+    assert "pyramid-ldm did not write it" in capsys.readouterr().err
+    assert mine.read_bytes() == content
+    assert main([*words, "--sheet", str(folder / "sheet.jpg")]) == 2
+    assert main([*words, "--sheet", str(tmp_path / "x"), "--report", str(tmp_path / "x")]) == 2
+    (tmp_path / "curated.csv").write_text("file,verdict,height,width,why\n")
+    assert main([*words, "--report", str(tmp_path / "curated.csv")]) == 2
+    for _ in range(2):
+        assert main([*words, "--sheet", str(tmp_path / "sheet.jpg")]) == 0
+
+
+def test_sixteen_bits_of_colour_and_an_orientation_of_zero(tmp_path):
+    image = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 0
+    LANDSCAPES[0].save(image, "JPEG", exif=exif)
+    assert conversions(image.getvalue()) == []
+    rows = np.random.default_rng(0).integers(0, 65536, (4, 5, 3)).astype(">u2")
+    body = b"".join(b"\0" + row.tobytes() for row in rows)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(body)), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    assert conversions(png) == ["more than eight bits"]
 
 
 def test_nothing_usable_is_an_error_after_the_table(tmp_path, capsys):

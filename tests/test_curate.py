@@ -76,7 +76,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_each_file_is_accounted_for_and_the_command_goes_on(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "curated"
-    monkeypatch.setattr(curate, "in_processes", lambda work, items: map(work, items))  # which see the rule above
+    monkeypatch.setattr(curate, "in_processes", lambda work, items: map(work, items))  # others do not see the rule
     words = ["curate", str(folder), "--rule", "scapes2k", "--out", str(out)]
     assert main(words) == 0
     assert "2 of 6 images" in capsys.readouterr().out
@@ -99,9 +99,36 @@ def test_each_file_is_accounted_for_and_the_command_goes_on(folder, tmp_path, mo
     assert main(words) == 0
     assert [path.stat().st_mtime_ns for path in made[1:]] == times[1:]
     assert made[0].is_file()
+    (folder / "a.png").rename(folder / "another name.png")
+    assert main(words) == 0
+    assert len(list(out.glob("*.jpg"))) == 2, "each content once"
+    (folder / "turned.jpg").unlink()
+    capsys.readouterr()
+    assert main(words) == 0
+    assert "1 others in" in capsys.readouterr().out
     assert main([*words, "--inclusive"]) == 2
-    assert "another rule" in capsys.readouterr().err
+    assert "was made by scapes2k; give another --out" in capsys.readouterr().err
     assert main([*words[:-1], str(folder / "inside")]) == 2
+
+
+def test_odd_names_and_real_sizes_in_real_processes(tmp_path, capsys):
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for colour, name in zip(("red", "green", "blue"), ("\u4e00" * 80, "caf\udce9", "two\nlines"), strict=True):
+        Image.new("RGB", (2100, 1100), colour).save(folder / f"{name}.jpg")
+    words = ["curate", str(folder), "--rule", "scapes2k", "--out", str(out)]
+    assert main(words) == 0
+    assert "3 of 3 images" in capsys.readouterr().out
+    assert [Image.open(path).size for path in out.glob("*.jpg")] == [(2048, 1024)] * 3
+    assert main(["check", str(folder), "--report", str(tmp_path / "files.csv")]) == 0
+    text = (tmp_path / "files.csv").read_bytes().decode("utf-8", "surrogateescape")
+    assert "caf\udce9.jpg" in text
+
+
+def test_a_folder_that_is_not_there_leaves_nothing(tmp_path):
+    out = tmp_path / "out"
+    assert main(["curate", str(tmp_path / "none"), "--rule", "scapes2k", "--out", str(out)]) == 2
+    assert not out.exists()
 
 
 def test_nothing_taken_is_an_error_that_points_to_the_reasons(folder, tmp_path, capsys):

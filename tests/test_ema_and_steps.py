@@ -202,12 +202,12 @@ def test_a_gradient_out_of_all_proportion_is_left_out():
     guard = StepGuard(2)
     norms = [10.0 ** (i % 3 - 1) for i in range(150)]  # two orders of magnitude are nothing unusual
     assert all(guard.accepts(norm) for norm in norms)
-    assert guard.usual == pytest.approx(sum(norms) / 150, rel=0.1)
+    assert guard.usual == pytest.approx(0.0, abs=0.05), "the logarithm of 1"
     again = StepGuard(2)
     again.load_state_dict(guard.state_dict())
     for one in (guard, again):
-        assert one.accepts(99 * one.usual)
-        assert not one.accepts(200 * one.usual)
+        assert one.accepts(99 * math.exp(one.usual))
+        assert not one.accepts(200 * math.exp(one.usual))
         assert not one.accepts(math.nan)
         assert one.accepts(1.0), "and the next may be taken"
 
@@ -234,3 +234,17 @@ def test_the_guard_keeps_the_weights():
         taken.append(take_step(optimizer, model, 0.0, CPU, Metrics(), "norm", guard))
     assert taken == [False, True]
     assert model.weight[0].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("growth", [1.06, 1.5, 3.0])
+def test_norms_that_grow_step_by_step_are_found(growth):
+    guard = StepGuard(2)
+    assert all(guard.accepts(1.0) for _ in range(200))
+    norms = [growth**i for i in range(500) if growth**i < 1e30]
+    assert [guard.accepts(norm) for norm in norms][-2:] == [False, False]
+
+
+def test_a_hundred_gradients_of_zero_do_not_forbid_another():
+    guard = StepGuard(2)
+    assert all(guard.accepts(0.0) for _ in range(200))
+    assert guard.accepts(1.0)

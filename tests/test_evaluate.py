@@ -255,6 +255,8 @@ def test_the_papers_protocol_draws_as_many_samples_beside_all_photographs(
     for extra in (["--num", "3"], ["--held-out", "0.3"]):
         assert main(["evaluate", *map(str, words), "--protocol", "people2k", *extra]) == 2
         assert "leave out --num and --held-out" in capsys.readouterr().err
+    assert main(["evaluate", str(photographs), *map(str, words[1:]), "--protocol", "people2k"]) == 2
+    assert "is no run of train-flow" in capsys.readouterr().err
 
 
 def test_the_papers_protocol_is_in_the_configs():

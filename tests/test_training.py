@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -29,6 +30,7 @@ from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import sealed, write_json
 from pyramid_ldm.training.checkpoint import checkpoint_directories
 from pyramid_ldm.training.runtime import Runtime
+from pyramid_ldm.training.step import StepGuard
 
 AE_CONFIG = """
 run_dir: unset
@@ -460,6 +462,32 @@ def test_pictures_come_after_saving_and_end_no_run(home, photographs, tmp_path, 
     done = run("train-ae", home / "ae.yaml", f"data.root={photographs}", f"run_dir={tmp_path / 'ae'}")
     assert seen == [True, True]
     assert done.stderr.count("no held-out figures and pictures this time: RuntimeError: no figure today") == 2
+
+
+@pytest.mark.parametrize("stage", ["ae", "flow"])
+def test_a_run_that_diverges_ends_with_its_last_checkpoint(home, photographs, tmp_path, monkeypatch, stage):
+    """From 24 images on, gradients are a thousand times as long."""
+    place = tmp_path / stage
+    data = f"data.root={photographs}" if stage == "ae" else f"data.shards={home / 'latents'}"
+    words = [{"ae": "train-ae", "flow": "train-flow"}[stage], home / f"{stage}.yaml", data, f"run_dir={place}"]
+    monkeypatch.setattr(StepGuard, "MEMORY", 4)
+    clip = torch.nn.utils.clip_grad_norm_
+    steps = {"done": 0}
+
+    def longer(parameters, most):
+        norm = clip(list(parameters), most)
+        steps["done"] += most < math.inf  # the discriminator's is not clipped
+        return norm * (1000 if steps["done"] > 6 and most < math.inf else 1)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", longer)
+    error = run(*words, "train.max_nonfinite=3", code=2).stderr
+    assert "3 steps in a row had a gradient that is not finite, or 100 times the usual: training has diverged" in error
+    newest = checkpoint_directories(place)[-1]
+    assert int(newest.name) == 32, "the weights of 24"
+    assert state_of(place)["nonfinite"]["in_a_row"] == 2
+    monkeypatch.undo()
+    run(*words)
+    assert [int(path.name) for path in checkpoint_directories(place)][-1] == 48
 
 
 def test_the_loaded_checkpoint_is_let_go(home, photographs, tmp_path, monkeypatch):

@@ -106,6 +106,7 @@ def detailed(image: Tensor) -> tuple[slice, slice]:
 
 def compare(args: argparse.Namespace) -> None:
     """The table and the sheet."""
+    args.out.mkdir(parents=True, exist_ok=True)
     autoencoder = load_autoencoder(args.run)
     height, width = autoencoder.image_size
     if min(height, width) < PART:
@@ -162,7 +163,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """See `exit_code`."""
     args = parse(words)
-    args.out.mkdir(parents=True, exist_ok=True)
     return exit_code("large_photographs", lambda: compare(args))
 
 

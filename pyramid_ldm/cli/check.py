@@ -24,31 +24,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Always finishes."""
-    from pyramid_ldm.check import check
+    from pyramid_ldm.check import COLUMNS, check, table
     from pyramid_ldm.config import AutoencoderTraining, load_config
     from pyramid_ldm.data.photographs import Preprocessing
     from pyramid_ldm.errors import UserError
-    from pyramid_ldm.ownership import claim_file
+    from pyramid_ldm.ownership import claim_file, keep_apart
 
-    cut = None
+    size = config = cut = None
     if arguments.config is not None:
-        keys = ["data.root=x"]
-        config = load_config(AutoencoderTraining, find_config(arguments.config, "autoencoder_configs"), keys)
-        data = config.data
-        cut = Preprocessing(
-            (config.image_size[0], config.image_size[1]), data.crop, data.zoom, data.flip, data.upscale
-        )  # fmt: skip
+        found = find_config(arguments.config, "autoencoder_configs")
+        config = load_config(AutoencoderTraining, found, ["data.root=x"])
+        size, data = (config.image_size[0], config.image_size[1]), config.data
+        cut = Preprocessing(size, data.crop, data.zoom, data.flip, data.upscale)
     elif arguments.sheet is not None:
         raise UserError("--sheet shows crops of a config's size; give --config, too")
-    outputs = (("--report", arguments.report, b"file,verdict,"), ("--sheet", arguments.sheet, b"\xff\xd8"))
-    for option, path, begins in outputs:
-        if path is not None:
-            claim_file(path, option, lambda found, begins=begins: begins_with(found, begins))  # type: ignore[misc]
-    size = None if cut is None or cut.upscale else cut.image_size
-    text, usable = check(arguments.data, size=size, cut=cut, report=arguments.report, sheet=arguments.sheet)
-    print(text)
-    if not usable:
+    if arguments.report is not None:
+        claim_file(arguments.report, "--report", lambda path: begins_with(path, ",".join(COLUMNS).encode()))
+    if arguments.sheet is not None:
+        keep_apart(arguments.sheet, "--sheet", {"DATA": arguments.data, "--report": arguments.report})
+        claim_file(arguments.sheet, "--sheet", is_sheet)
+    checked = check(arguments.data, None if cut is None or cut.upscale else size)
+    print(table(checked), flush=True)
+    if arguments.report is not None:
+        checked.write_report(arguments.report)
+    if not checked.usable:
         raise UserError(f"{arguments.data}: none of its images can be used")
+    if arguments.sheet is not None and config is not None and cut is not None:
+        checked.write_sheet(arguments.sheet, cut, config.seed, config.data.validation)
     return True
 
 
@@ -56,3 +58,16 @@ def begins_with(path: Path, start: bytes) -> bool:
     """Whether a file does."""
     with path.open("rb") as file:
         return file.read(len(start)) == start
+
+
+def is_sheet(path: Path) -> bool:
+    """Whether a file is a sheet of ours."""
+    from PIL import Image
+
+    from pyramid_ldm.check import SHEET
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("comment") == SHEET
+    except Exception:  # plugins raise nearly anything
+        return False

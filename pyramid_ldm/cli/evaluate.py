@@ -67,10 +67,14 @@ def run(arguments: argparse.Namespace) -> bool:
     from pyramid_ldm.cli.common import choice_of
     from pyramid_ldm.errors import UserError
     from pyramid_ldm.evaluation.evaluate import Evaluation, report
+    from pyramid_ldm.pipeline import MANIFEST
     from pyramid_ldm.training.runtime import start
 
     options = solver_options(arguments)
     if arguments.protocol is not None:
+        places = (arguments.run_or_pictures, arguments.run_or_pictures / "model")
+        if not any((place / MANIFEST).is_file() for place in places):
+            raise UserError(f"--protocol draws samples, and {arguments.run_or_pictures} is no run of train-flow")
         if arguments.num is not None or arguments.held_out is not None:
             raise UserError("--protocol says how many samples and which photographs; leave out --num and --held-out")
         arguments.num = PROTOCOLS[arguments.protocol]

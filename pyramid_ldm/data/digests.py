@@ -122,11 +122,6 @@ class FactsCache:
             self.connection = None
 
 
-def remember(kind: str, rows: Sequence[tuple[os.stat_result, Facts]]) -> None:
-    """Facts that were found otherwise, so that `facts_of` need not read these files; `os.stat_result` of before."""
-    FactsCache(kind).put(rows)
-
-
 def _signed(number: int) -> int:
     return number - 2**64 if number >= 2**63 else number  # SQLite's integers
 

@@ -143,18 +143,19 @@ def image_size(path: Path) -> tuple[int, int] | None:
 def conversions(data: bytes) -> list[str]:
     """What `load_image` changes of a file's picture to have it upright, in eight bits and in sRGB, in a few words each;
     nothing where it is no image."""
-    found = []
-    with suppress(Exception), _open(io.BytesIO(data)) as image:
-        if _orientation(image, None) != 1:
+    found, file = [], io.BytesIO(data)
+    with suppress(Exception), _open(file) as image:
+        layout = str(getattr(image, "tile", ""))  # how values are stored, until something is decoded
+        if _orientation(image, file) in UPRIGHT:
             found.append("turned upright (EXIF)")
         if getattr(image, "n_frames", 1) > 1:
             found.append("the first of several pictures")
         clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
         if clear:
             found.append("transparency over white")
-        if image.mode == "F" or image.mode.startswith("I"):
+        if image.mode == "F" or image.mode.startswith("I") or ";16" in layout:
             found.append("more than eight bits")
-        elif image.mode in ("1", "L", "LA", "La"):
+        if image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I"):
             found.append("grey")
         elif image.mode in ("P", "PA", "CMYK", "LAB", "YCbCr", "HSV"):
             found.append({"P": "palette", "PA": "palette"}.get(image.mode, image.mode))

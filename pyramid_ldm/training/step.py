@@ -31,15 +31,15 @@ def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
 
 class StepGuard:
     """Which steps to leave out: those of a gradient that is not finite, or a hundred times as long as those of about
-    the last hundred steps (as VDVAE does, Child 2021): from there on a network
-    would only unlearn. After `limit` in a row the run stops, with its last checkpoint as it was.
+    the last hundred steps (as VDVAE does, Child 2021): from there on a network would only unlearn. Norms that grow by
+    a twentieth a step are found, too. After `limit` in a row the run stops, with its last checkpoint as it was.
     """
 
     OUTLIER, MEMORY = 100.0, 100  # times the usual norm; steps
 
     def __init__(self, limit: int) -> None:
         self.limit, self.count, self.in_a_row = limit, 0, 0
-        self.usual, self.steps = 0.0, 0  # the mean norm, of so many steps, at most MEMORY
+        self.usual, self.steps = 0.0, 0  # the mean logarithm of the norms of so many steps, at most MEMORY
 
     def state_dict(self) -> dict[str, int | float]:
         """For the checkpoint."""
@@ -52,10 +52,15 @@ class StepGuard:
 
     def accepts(self, norm: float) -> bool:
         """Whether to take a step with a gradient of this norm, which then counts as usual."""
-        if not math.isfinite(norm) or (self.steps >= self.MEMORY and norm > self.OUTLIER * self.usual):
+        if not math.isfinite(norm):
+            return False
+        if norm == 0:  # says nothing of what is usual
+            return True
+        size = math.log(norm)
+        if self.steps >= self.MEMORY and size > self.usual + math.log(self.OUTLIER):
             return False
         self.steps = min(self.steps + 1, self.MEMORY)
-        self.usual += (norm - self.usual) / self.steps
+        self.usual += (size - self.usual) / self.steps
         return True
 
     @property
