@@ -415,7 +415,13 @@ def test_diffusion_presets_load_and_fit_their_autoencoder(path):
 
 def test_what_is_not_used_or_never_acts_is_said():
     def said(*keys):
-        plain = ["run_dir=r", "data.root=d", "loss.perceptual.weight=0", "loss.gan.weight=0"]
+        plain = [
+            "run_dir=r",
+            "data.root=d",
+            "loss.perceptual.weight=0",
+            "loss.gan.weight=0",
+            "train.level_target=image",
+        ]
         return load_config(AutoencoderTraining, ROOT / "autoencoder_configs/demo.yaml", [*plain, *keys]).unused()
 
     assert said() == []
