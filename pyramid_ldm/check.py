@@ -1,7 +1,6 @@
 """Every image of a folder, read whole: what can be trained on, what is converted for it, what cannot be read, and what
 is there twice (`pyramid-ldm check`)."""
 
-import hashlib
 import json
 import os
 import re
@@ -11,8 +10,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pyramid_ldm.data.digests import Facts, FactsCache
-from pyramid_ldm.data.folder import ImageFile, covers, list_images, listed, split_held_out
+import PIL
+
+from pyramid_ldm.data.digests import Facts, FactsCache, digest_of
+from pyramid_ldm.data.folder import ImageFile, covers, list_images, listed, note_of, split_held_out
 from pyramid_ldm.data.images import UnreadableImage, conversions, decode_image, normalise, read_bytes, to_pil
 from pyramid_ldm.data.photographs import Photographs, Preprocessing
 from pyramid_ldm.evaluation.progress import Progress
@@ -27,7 +28,7 @@ PLAIN = 3  # bits that are set in that of an image of one colour, at most
 COLUMNS = ("file", "verdict", "height", "width", "converted", "cause", "like")
 CROPS, SIDE = 48, 256  # on the contact sheet, pixels a side at most
 SHEET = b"pyramid-ldm check"  # the comment of a sheet, by which it is known
-KIND = "check 1"  # of what is remembered
+KIND = f"check 1, Pillow {PIL.__version__}"  # of what is remembered: another version may read other files
 AT_ONCE = 256  # findings that are remembered at once
 
 
@@ -110,19 +111,14 @@ def look(path: str) -> tuple[os.stat_result | None, Finding]:
         cause = str(error).removeprefix(f"{path}: ")
         if not data:  # it was not read: another time it may be
             return None, Finding(path, UNREADABLE, cause=cause)
-        return status, Finding(path, UNREADABLE, cause=cause, digest=digest(data))
+        return status, Finding(path, UNREADABLE, cause=cause, digest=digest_of(data))
     return status, Finding(
         path,
         size=(image.height, image.width),
         converted=tuple(conversions(data)),
-        digest=digest(data),
+        digest=digest_of(data),
         perceptual=int(str(phash(image)), 16),
     )
-
-
-def digest(data: bytes) -> str:
-    """As `ImageFile` has it."""
-    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def check(data: Path, size: tuple[int, int] | None = None) -> Checked:
@@ -136,7 +132,7 @@ def check(data: Path, size: tuple[int, int] | None = None) -> Checked:
     """
     listing = list_images(data)
     mine, images = FactsCache(KIND), FactsCache("image")
-    findings = [unopened(line) for line in listing.unreadable]
+    findings = [Finding(path, UNREADABLE, cause=why) for path, why in listing.unreadable.items()]
     todo = []
     for path in listing.files:
         with suppress(OSError):
@@ -149,8 +145,7 @@ def check(data: Path, size: tuple[int, int] | None = None) -> Checked:
 
     def remember() -> None:
         mine.put([(status, Facts(found.digest, found.note)) for status, found in fresh])
-        sizes = [(status, found, found.size) for status, found in fresh if found.size]
-        images.put([(status, Facts(found.digest, f"{size[0]}x{size[1]}")) for status, found, size in sizes])
+        images.put([(status, Facts(found.digest, note_of(found.size))) for status, found in fresh if found.size])
         fresh.clear()
 
     with Progress("check", len(listing.files)) as progress:
@@ -171,20 +166,14 @@ def check(data: Path, size: tuple[int, int] | None = None) -> Checked:
     return Checked(data, size, with_copies(findings), listing.ignored)
 
 
-def unopened(line: str) -> Finding:
-    """Of "PATH: why"."""
-    path, _, why = line.rpartition(": ")
-    return Finding(path, UNREADABLE, cause=why)
-
-
 def with_copies(findings: Sequence[Finding]) -> list[Finding]:
     """What has another's content is its copy; what looks like another says so. The first by path is the original."""
     first: dict[str, str] = {}
     marked = []
     for found in findings:
-        if found.digest and found.digest in first:
+        if found.size and found.digest in first:
             found = replace(found, verdict=COPY, like=first[found.digest])
-        elif found.digest:
+        elif found.size:
             first[found.digest] = found.path
         marked.append(found)
     originals = [i for i, found in enumerate(marked) if found.size and found.verdict != COPY and not flat(found)]

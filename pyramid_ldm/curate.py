@@ -95,10 +95,7 @@ def made_before(out: Path) -> dict[str, str]:
 
 def _curate(data: Path, listing: Listing, out: Path, rule: str, inclusive: bool) -> list[Verdict]:
     paths = [Path(path) for path in listing.files]
-    verdicts: dict[str, Verdict] = {}
-    for line in listing.unreadable:
-        path, _, why = line.rpartition(": ")
-        verdicts[path] = Verdict(path, UNREADABLE, None, why)
+    verdicts = {path: Verdict(path, UNREADABLE, None, why) for path, why in listing.unreadable.items()}
     first: dict[str, str] = {}
     todo: list[tuple[str, Path]] = []
     done = made_before(out)

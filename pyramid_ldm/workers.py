@@ -5,10 +5,11 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 from pyramid_ldm.errors import UserError
@@ -16,6 +17,7 @@ from pyramid_ldm.signals import stop_on_signal
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+AHEAD = 8  # items that wait, a process
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")  # of matrix products
 
 
@@ -30,11 +32,15 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> Itera
         return
     processes, context = min(os.cpu_count() or 1, len(items)), multiprocessing.get_context("spawn")
     with stop_on_signal() as stop, ProcessPoolExecutor(processes, context, _begin) as pool:
+        waiting, pending = iter(items), set[Future[Result]]()
         try:
-            for done in as_completed(_submitted(pool, work, items)):
-                if stop.requested:
+            while not stop.requested:
+                pending |= _submitted(pool, work, islice(waiting, AHEAD * processes - len(pending)))
+                if not pending:
                     break
-                yield done.result()
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                for each in done:
+                    yield each.result()
         except BrokenProcessPool:
             if not stop.requested:
                 raise UserError("a process was killed, perhaps because memory ran out; run again") from None
@@ -44,14 +50,12 @@ def in_processes(work: Callable[[Item], Result], items: Sequence[Item]) -> Itera
         raise KeyboardInterrupt
 
 
-def _submitted(
-    pool: ProcessPoolExecutor, work: Callable[[Item], Result], items: Sequence[Item]
-) -> list[Future[Result]]:
-    """All items; the first starts the processes, which are deaf to Ctrl-C until they have begun."""
+def _submitted(pool: ProcessPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item]) -> set[Future[Result]]:
+    """The first of all starts the processes, which are deaf to Ctrl-C until they have begun."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
         with one_thread_each():
-            return [pool.submit(work, item) for item in items]
+            return {pool.submit(work, item) for item in items}
     finally:
         if blocked is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -202,12 +202,12 @@ def test_a_gradient_out_of_all_proportion_is_left_out():
     guard = StepGuard(2)
     norms = [10.0 ** (i % 3 - 1) for i in range(150)]  # two orders of magnitude are nothing unusual
     assert all(guard.accepts(norm) for norm in norms)
-    assert guard.usual == pytest.approx(0.0, abs=0.05), "the logarithm of 1"
+    assert guard.mean_log_norm == pytest.approx(0.0, abs=0.05), "the logarithm of 1"
     again = StepGuard(2)
     again.load_state_dict(guard.state_dict())
     for one in (guard, again):
-        assert one.accepts(99 * math.exp(one.usual))
-        assert not one.accepts(200 * math.exp(one.usual))
+        assert one.accepts(99 * math.exp(one.mean_log_norm))
+        assert not one.accepts(200 * math.exp(one.mean_log_norm))
         assert not one.accepts(math.nan)
         assert one.accepts(1.0), "and the next may be taken"
 

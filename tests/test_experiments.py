@@ -243,7 +243,14 @@ def test_a_stage_one_is_held_beside_a_jpeg(tmp_path, autoencoder_directory, phot
              "--inception", "none.pt", "--out", str(tmp_path / "out")]  # fmt: skip
     assert large_photographs.main(words) == 2
     assert "is for 32x32" in capsys.readouterr().err
-    for name, value in {"PATCH": 16, "PART": 16, "FIT_STEPS": 2, "BYTES": 8, "Inception": Colours}.items():
+    for name, value in {
+        "PATCH": 16,
+        "PART": 16,
+        "FIT_STEPS": 2,
+        "FIT_CROPS": 4,
+        "BYTES": 8,
+        "Inception": Colours,
+    }.items():
         monkeypatch.setattr(large_photographs, name, value)
     assert large_photographs.main(words) == 0
     rows = [line.split(" | ") for line in (tmp_path / "out" / "table.md").read_text().splitlines()[2:-2]]

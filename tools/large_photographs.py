@@ -35,13 +35,14 @@ from pyramid_ldm.evaluation.frechet import Inception
 from pyramid_ldm.evaluation.metrics import bicubic
 from pyramid_ldm.evaluation.reference import centre_crops, round_trip
 from pyramid_ldm.evaluation.sheets import grid
+from pyramid_ldm.files import write_atomic
 from pyramid_ldm.pyramid import latent_values
 from pyramid_ldm.training.runtime import start
 
 BYTES = 2  # of a latent value, as float16 in the cache
 PATCH = 256
 SHOWN, PART = 6, 448  # photographs on the sheet, pixels a side
-FIT_STEPS, FIT_IMAGES = 100, 4  # of the linear codec
+FIT_STEPS, FIT_IMAGES, FIT_CROPS = 100, 4, 100  # of the linear codec; so many crops are held in memory
 Way = Callable[[Tensor], Tensor]
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "patch FID", "rkid": "patch KID x 1000"}
 
@@ -78,7 +79,7 @@ def fitted(autoencoder: Autoencoder, photographs: Path) -> PyramidAutoencoder:
     if not isinstance(autoencoder, PyramidAutoencoder):
         raise UserError("stage one has no levels for a linear codec; give a run of train-ae")
     codec = baselines.LinearCodec(autoencoder.config)
-    crops = random_crops(photographs, autoencoder.image_size, FIT_STEPS * FIT_IMAGES // 4, 1.0)
+    crops = random_crops(photographs, autoencoder.image_size, FIT_CROPS, 1.0)
     parts = crops.split(FIT_IMAGES)
     codec.fit(lambda step: parts[step % len(parts)], FIT_STEPS)
     return codec.eval()
@@ -133,7 +134,8 @@ def compare(args: argparse.Namespace) -> None:
     note = f"\n{count} photographs, {height}x{width}; {values} values; patches of {PATCH} pixels a side.\n"
     report(args.out / "table.md", markdown(["", *TITLES.values()], lines) + note)
     chosen = paths[:: max(1, len(paths) // SHOWN)][:SHOWN]
-    sheet(chosen, (height, width), list(ways.values()), device).save(args.out / "sheet.jpg", quality=88)
+    picture = sheet(chosen, (height, width), list(ways.values()), device)
+    write_atomic(args.out / "sheet.jpg", lambda temporary: picture.save(temporary, format="JPEG", quality=88))
 
 
 @torch.inference_mode()

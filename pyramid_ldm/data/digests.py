@@ -56,6 +56,11 @@ class Facts:
     note: str  # whatever `describe` said of it
 
 
+def digest_of(content: bytes) -> str:
+    """As `read_facts` has it."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
 def read_facts(path: Path, describe: Callable[[Path], str]) -> Facts:
     """Reads the file whole."""
     with path.open("rb") as file:

@@ -91,20 +91,26 @@ def scan(root: Path) -> Folder:
             copies += one.digest in by_digest
             by_digest.setdefault(one.digest, ImageFile(path, one.digest, noted_size(one.note)))
         else:
-            found.unreadable.append(_message(one))
+            found.unreadable[str(one.filename)] = one.strerror or type(one).__name__
+    closed = [f"{path}: {why}" for path, why in found.unreadable.items()]
     if not by_digest:
-        raise UserError(f"{root}: holds no image that can be opened ({found.unreadable[0]})")
-    return Folder(root, list(by_digest.values()), copies, found.unreadable, found.ignored)
+        raise UserError(f"{root}: holds no image that can be opened ({closed[0]})")
+    return Folder(root, list(by_digest.values()), copies, closed, found.ignored)
 
 
 def describe_size(path: Path) -> str:
     """What is remembered of an image, for `facts_of`."""
     size = image_size(path)
-    return f"{size[0]}x{size[1]}" if size else ""
+    return note_of(size) if size else ""
+
+
+def note_of(size: tuple[int, int]) -> str:
+    """Of an image of this (height, width)."""
+    return f"{size[0]}x{size[1]}"
 
 
 def noted_size(note: str) -> tuple[int, int] | None:
-    """The inverse: (height, width) when upright; None where the header did not tell."""
+    """The inverse of `note_of`: (height, width) when upright; None where the header did not tell."""
     height, _, width = note.partition("x")
     return (int(height), int(width)) if width else None
 
@@ -118,7 +124,7 @@ class Listing:
     """Names in a folder."""
 
     files: list[str]  # images, by path
-    unreadable: list[str]
+    unreadable: dict[str, str]  # what cannot be opened, by path: why
     ignored: dict[str, list[str]]
 
 
@@ -126,7 +132,7 @@ def list_images(root: Path) -> Listing:
     """Every image file below `root`, without opening any; see `scan`."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; give a folder of photographs")
-    listing = Listing([], [], defaultdict(list))
+    listing = Listing([], {}, defaultdict(list))
     seen: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:
@@ -140,7 +146,7 @@ def list_images(root: Path) -> Listing:
         except UnreadableFileError as error:
             if directory == root:
                 raise UserError(f"{_message(error)}; give a folder that you may read") from None
-            listing.unreadable.append(_message(error))
+            listing.unreadable[str(error.filename)] = error.strerror or type(error).__name__
             continue
         for entry in entries:
             _sort_in(entry, listing, waiting)
@@ -156,7 +162,7 @@ def _sort_in(entry: "os.DirEntry[str]", listing: Listing, waiting: list[Path]) -
     try:
         directory, file = entry.is_dir(), entry.is_file()
     except OSError as error:
-        listing.unreadable.append(f"{entry.path}: {error.strerror}")
+        listing.unreadable[entry.path] = error.strerror or type(error).__name__
         return
     if entry.name.startswith("."):
         if directory:
@@ -171,7 +177,7 @@ def _sort_in(entry: "os.DirEntry[str]", listing: Listing, waiting: list[Path]) -
         if file:
             listing.files.append(entry.path)
         elif entry.is_symlink():
-            listing.unreadable.append(f"{entry.path}: is a link to nothing")
+            listing.unreadable[entry.path] = "is a link to nothing"
     elif file and (suffix in RAW or (mimetypes.guess_type(entry.name)[0] or "").startswith("image/")):
         why = "are not read: install pillow-heif for them" if suffix in (".heic", ".heif", ".hif") and not HEIF else (
             "look like images and are not read here; convert them to PNG or JPEG"

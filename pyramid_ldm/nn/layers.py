@@ -107,7 +107,7 @@ def float32_conv2d(inputs: int, outputs: int, kernel: int = 3) -> Float32Conv2d:
 def to_bfloat16(model: Model) -> Model:
     """A copy for inference under bfloat16 autocast, channels last, whose convolutions and linear layers hold bfloat16
     weights already: autocast would convert each of them at every call. `Float32Conv2d` and everything else stays as it
-    is. No float32 copy is made on the way."""
+    is. No float32 copy is made on the way, unless spectral norm has to be folded first."""
     if spectral_layers(model):
         copy = deepcopy(model)
         fold_spectral_norm(copy)

@@ -39,16 +39,22 @@ class StepGuard:
 
     def __init__(self, limit: int) -> None:
         self.limit, self.count, self.in_a_row = limit, 0, 0
-        self.usual, self.steps = 0.0, 0  # the mean logarithm of the norms of so many steps, at most MEMORY
+        self.mean_log_norm, self.steps = 0.0, 0  # over so many steps, at most MEMORY
 
     def state_dict(self) -> dict[str, int | float]:
         """For the checkpoint."""
-        return {"count": self.count, "in_a_row": self.in_a_row, "usual": self.usual, "steps": self.steps}
+        return {
+            "count": self.count,
+            "in_a_row": self.in_a_row,
+            "mean_log_norm": self.mean_log_norm,
+            "steps": self.steps,
+        }
 
     def load_state_dict(self, state: dict[str, int | float]) -> None:
         """The inverse."""
         self.count, self.in_a_row = int(state["count"]), int(state["in_a_row"])
-        self.usual, self.steps = state.get("usual", 0.0), int(state.get("steps", 0))  # older ones have neither
+        # Older ones have neither.
+        self.mean_log_norm, self.steps = state.get("mean_log_norm", 0.0), int(state.get("steps", 0))
 
     def accepts(self, norm: float) -> bool:
         """Whether to take a step with a gradient of this norm, which then counts as usual."""
@@ -56,11 +62,11 @@ class StepGuard:
             return False
         if norm == 0:  # says nothing of what is usual
             return True
-        size = math.log(norm)
-        if self.steps >= self.MEMORY and size > self.usual + math.log(self.OUTLIER):
+        log_norm = math.log(norm)
+        if self.steps >= self.MEMORY and log_norm > self.mean_log_norm + math.log(self.OUTLIER):
             return False
         self.steps = min(self.steps + 1, self.MEMORY)
-        self.usual += (size - self.usual) / self.steps
+        self.mean_log_norm += (log_norm - self.mean_log_norm) / self.steps
         return True
 
     @property
