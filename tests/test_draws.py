@@ -101,6 +101,41 @@ def test_what_is_left_of_a_constant_is_that_constant():
     torch.testing.assert_close(box_low_pass(torch.full((1, 3, 32, 32), 0.3), 16), torch.full((1, 3, 32, 32), 0.3))
 
 
+@pytest.mark.parametrize("regions", [0, 2])
+def test_the_discriminator_neither_sees_nor_teaches_what_coarse_levels_draw_alone(regions):
+    """It would learn that blur is real, and ask for details that these levels cannot know."""
+    settings = config(level_dropout=0.5, level_target="low_pass", regions=regions, region_size=16)
+    settings.loss.gan = GanConfig(weight=0.5, start=0, mode="constant", disc_warmup=0, ramp=0, channels=8, layers=2)
+    pixels = torch.randint(0, 256, (6, *settings.image_size, 3), dtype=torch.uint8, generator=torch.manual_seed(0))
+    runtime = Runtime(torch.device("cpu"), bf16=False)
+    kept, _ = draw_levels(settings, Batch([0], pixels=pixels).images(runtime.device), list(range(6)))
+    whole = (kept == 3).nonzero().flatten().tolist()
+    assert 0 < len(whole) < 6
+
+    def gradients(positions, l1):
+        settings.loss.l1 = l1
+        state = build_state(settings, runtime.device)
+        state.autoencoder.apply(lambda module: setattr(module, "training", False))
+        batch = Batch(positions, pixels=pixels[positions])
+        terms = accumulate(settings, state, state.autoencoder, state.discriminator, batch, runtime)
+        found = [
+            torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in m.parameters()])
+            for m in (state.autoencoder, state.discriminator)
+        ]
+        return [len(positions) * gradient for gradient in found], len(positions) * terms["logits_fake"]
+
+    (generator, discriminator), logits = gradients([0, 1, 2, 3, 4, 5], l1=0.0)
+    (expected, as_well), those = gradients(whole, l1=0.0)
+    assert discriminator.abs().max() > 1e-4
+    assert generator.abs().max() > 1e-4
+    torch.testing.assert_close(discriminator, as_well, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(generator, expected, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(logits, those)
+    (everything, _), _ = gradients([0, 1, 2, 3, 4, 5], l1=1.0)
+    (part, _), _ = gradients(whole, l1=1.0)
+    assert (everything - part).abs().max() > 1e-3, "L1 sees all of them"
+
+
 def test_a_step_of_stage_one_decodes_what_was_drawn_and_is_held_against_it(monkeypatch):
     settings = config(level_dropout=1.0, level_target="low_pass")
     state = build_state(settings, torch.device("cpu"))

@@ -172,6 +172,7 @@ def test_lpips_fades_in(perceptual):
 def test_hinge_by_hand():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
     assert hinge_loss(real, fake).item() == 0.5 * ((0 + 0.5) / 2 + (0 + 1) / 2)
+    assert hinge_loss(real, fake, torch.tensor([False, True])).item() == 0.5 * (0.5 / 2 + 1 / 2)
 
 
 def test_the_discriminator_has_no_batch_statistics():

@@ -197,7 +197,8 @@ class AutoencoderTrainConfig(TrainConfig):
     # Reconstruct and judge only so many random parts of each image; 0: all of it.
     regions: int = key(0, at_least=0, at_most=2**16, may_change=True)
     region_size: int = key(512, at_least=1, at_most=MOST_SIDE, may_change=True)  # pixels a side
-    # Share of the images that are decoded from some of their coarsest levels alone, zeros in place of the finer ones.
+    # Share of the images that are decoded from some of their coarsest levels alone, zeros in place of the finer ones;
+    # the discriminator does not see these.
     level_dropout: float = key(0.0, at_least=0, at_most=1)
     # What such a decoding is held against: the image, or what of it these levels' resolution shows.
     level_target: str = key("image", choices=("image", "low_pass"))
@@ -228,10 +229,6 @@ class AutoencoderTraining(Section):
         require(
             self.train.regions == 0 or self.model.norm != "group",
             "train.regions needs model.norm=pixel or none: with group norms every part of an image depends on all",
-        )
-        require(
-            self.train.level_target == "image" or self.loss.gan.weight == 0,
-            "train.level_target=low_pass needs loss.gan.weight=0: the discriminator would learn that blur is real",
         )
         self.model.resolve(self.image_size)
 

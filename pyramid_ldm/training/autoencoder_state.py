@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoders.pyramid.discriminator import PatchDiscriminator, hinge_loss
+from pyramid_ldm.autoencoders.pyramid.discriminator import PatchDiscriminator, hinge_loss, judged_mean
 from pyramid_ldm.autoencoders.pyramid.loss import AutoencoderLoss, discriminator_learns
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.autoencoders.pyramid.regions import Regions
@@ -129,16 +129,20 @@ def accumulate(
     if train.regions:
         regions = Regions.draw(train.regions, train.region_size, config.image_size, config.seed, batch.positions)
     kept, target = draw_levels(config, images, batch.positions)
+    judged = None if kept is None else kept == len(config.model.levels)  # what coarse levels lack cannot look real
+    if judged is not None and regions is not None:
+        judged = judged[[image for image, _, _ in regions.corners]]
     with runtime.autocast():
         output = model(images, noise, regions, kept)
         target = target if regions is None else regions.cut(target)
         terms = state.loss.accumulate_gradients(
-            output, target, state.autoencoder.decoder.last_weight, state.images_seen, scale
+            output, target, state.autoencoder.decoder.last_weight, state.images_seen, scale, judged
         )
         if discriminator is not None and discriminator_learns(config.loss.gan, state.images_seen):
             real, fake = discriminator(torch.cat([target, output.reconstruction.detach()])).chunk(2)
-            disc = hinge_loss(real, fake)
-            terms |= {"disc": disc.detach(), "logits_real": real.mean(), "logits_fake": fake.mean()}
+            disc = hinge_loss(real, fake, judged)
+            logits = {"logits_real": judged_mean(real, judged), "logits_fake": judged_mean(fake, judged)}
+            terms |= {"disc": disc.detach(), **logits}
     if "disc" in terms:
         (disc * scale).backward()
     if state.codebook is not None:

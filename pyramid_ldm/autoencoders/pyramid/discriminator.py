@@ -36,6 +36,13 @@ def _batch_norms(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.BatchNo
                 yield parent, name, child
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator's loss: 0.5 * (mean relu(1 - real) + mean relu(1 + fake)); a scalar."""
-    return 0.5 * (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean())
+def hinge_loss(real: Tensor, fake: Tensor, judged: Tensor | None = None) -> Tensor:
+    """The discriminator's loss: 0.5 * (mean relu(1 - real) + mean relu(1 + fake)); a scalar. Logits are (B, ...)."""
+    return 0.5 * judged_mean(F.relu(1 - real.float()) + F.relu(1 + fake.float()), judged)
+
+
+def judged_mean(values: Tensor, judged: Tensor | None) -> Tensor:
+    """Mean of (B, ...) in which images that are not `judged` (B,) count as 0, so that micro-batches add up."""
+    if judged is not None:
+        values = values * judged.reshape(-1, *[1] * (values.dim() - 1))
+    return values.mean()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import AutoencoderOutput
-from pyramid_ldm.autoencoders.pyramid.discriminator import PatchDiscriminator
+from pyramid_ldm.autoencoders.pyramid.discriminator import PatchDiscriminator, judged_mean
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.config.autoencoder import GanConfig, LossConfig
 
@@ -89,7 +89,13 @@ class AutoencoderLoss:
         return total, parts
 
     def accumulate_gradients(
-        self, output: AutoencoderOutput, target: Tensor, last_weight: Tensor, images_seen: int, scale: float
+        self,
+        output: AutoencoderOutput,
+        target: Tensor,
+        last_weight: Tensor,
+        images_seen: int,
+        scale: float,
+        judged: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Adds `scale` times the gradient of the objective to the autoencoder's parameters, and to no others.
 
@@ -98,6 +104,7 @@ class AutoencoderLoss:
             target: (B, 3, H, W), what was encoded, or what is asked for in its place.
             last_weight: the decoder's last layer, for the adaptive GAN weight.
             scale: 1 / micro-batches of the step.
+            judged: (B,) which of them the discriminator judges; None for all.
 
         Returns:
             The unweighted terms, detached.
@@ -108,7 +115,7 @@ class AutoencoderLoss:
 
         gan_config = self.config.gan
         if self.discriminator is not None and discriminator_learns(gan_config, images_seen):
-            generator = -self.discriminator(seen).float().mean()
+            generator = -judged_mean(self.discriminator(seen).float(), judged)
             (gan_gradient,) = torch.autograd.grad(generator, seen)
             terms["generator"] = generator.detach()
             weight = gan_factor(gan_config, images_seen)
