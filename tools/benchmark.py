@@ -332,6 +332,55 @@ def evaluation(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def runtimes(args: argparse.Namespace) -> list[Row]:
+    """The same evaluation at batch 1 by PyTorch as sampling calls it, by torch.compile with frozen weights (minutes to
+    compile), and by OpenVINO where it is installed (`pip install openvino`)."""
+    name, height, width = beside_peers(args)
+
+    def network() -> nn.Module:
+        return Evaluation(built(PyramidNCSNpp, stage_two(name).model, args))
+
+    def inputs() -> list[Tensor]:
+        return [torch.full((1,), 0.5), *random_latents(name)]
+
+    def compiled() -> Case:
+        import torch._inductor.config as inductor
+
+        inductor.freezing = True
+        case = inference(args, lambda: torch.compile(network()), inputs, lambda model, *x: model(*x))  # type: ignore
+        return Case(case.call)  # counting FLOPs would compile anew
+
+    def openvino() -> Case:
+        import openvino
+
+        given = inputs()
+        with torch.no_grad():
+            model = openvino.convert_model(network(), example_input=tuple(given))
+        hints = {
+            "INFERENCE_PRECISION_HINT": "bf16" if args.runtime.bf16 else "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
+        return Case(partial(request.infer, [x.numpy() for x in given]))
+
+    builders = {f"ours: {name}": lambda: inference(args, network, inputs, lambda model, *x: model(*x))}
+    builders |= {"torch.compile, frozen": compiled, "OpenVINO": openvino}
+    return side_by_side(args, f"{height}x{width}", builders)
+
+
+class Evaluation(nn.Module):
+    """Tensors in and out, as compilers want it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, t: Tensor, *latents: Tensor) -> Pyramid:
+        found: Pyramid = self.network(latents, Context(t, t))
+        return found
+
+
 def train(args: argparse.Namespace) -> list[Row]:
     """An optimizer step. Stage one: the config's loss, LPIPS through a random VGG-16 and the GAN at work, where it has
     them; whole images, and two regions of 512. State is weights, averages and Adam's moments; the peak comes on top."""
@@ -596,7 +645,7 @@ def solvers(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-MEASUREMENTS = (decode, evaluation, train, sample, encode, files, shards, solvers)  # what matters most first
+MEASUREMENTS = (decode, evaluation, runtimes, train, sample, encode, files, shards, solvers)  # what matters most first
 
 
 # Tables.
