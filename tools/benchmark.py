@@ -385,10 +385,10 @@ def train(args: argparse.Namespace) -> list[Row]:
     """An optimizer step. Stage one: the config's loss, LPIPS through a random VGG-16 and the GAN at work, where it has
     them; whole images, and two regions of 512. State is weights, averages and Adam's moments; the peak comes on top."""
     rows: list[Row] = []
-    for name in ("demo",) if args.small else ("scapes2k", "people2k", "demo"):
+    for name in ("demo",) if args.small else ("scapes2k", "people2k", "photographs_2k", "demo"):
         height, width = stage_one(name).image_size
         one, two = (2, 2) if args.small else (stage_one(name).train.batch_size, 16)
-        builders = {f"{name}, whole": partial(step_one, args, name, f"train.batch_size={one}")}
+        builders = {f"{name}, whole": partial(step_one, args, name, f"train.batch_size={one}", "train.regions=0")}
         if min(height, width) > 512:
             keys = (f"train.batch_size={one}", "train.regions=2", "train.region_size=512")
             builders[f"{name}, 2 regions of 512"] = partial(step_one, args, name, *keys)
