@@ -115,7 +115,7 @@ def test_the_discriminator_neither_sees_nor_teaches_what_coarse_levels_draw_alon
     def gradients(positions, l1):
         settings.loss.l1 = l1
         state = build_state(settings, runtime.device)
-        state.autoencoder.apply(lambda module: setattr(module, "training", False))
+        state.autoencoder.eval()
         batch = Batch(positions, pixels=pixels[positions])
         terms = accumulate(settings, state, state.autoencoder, state.discriminator, batch, runtime)
         found = [

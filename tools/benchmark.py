@@ -221,7 +221,7 @@ def stage_two(name: str) -> FlowTraining:
 
 def beside_peers(args: argparse.Namespace) -> tuple[str, int, int]:
     """The config that is held beside the peers, and its images' height and width."""
-    name = "demo" if args.small else "people2k"
+    name = "demo" if args.small else args.config
     height, width = stage_one(name).image_size
     return name, height, width
 
@@ -383,11 +383,12 @@ class Evaluation(nn.Module):
 
 def train(args: argparse.Namespace) -> list[Row]:
     """An optimizer step. Stage one: the config's loss, LPIPS through a random VGG-16 and the GAN at work, where it has
-    them; whole images, and two regions of 512. State is weights, averages and Adam's moments; the peak comes on top."""
+    them; whole images, large ones one at a time, and two regions of 512. State is weights, averages and Adam's moments;
+    the peak comes on top."""
     rows: list[Row] = []
     for name in ("demo",) if args.small else ("scapes2k", "people2k", "photographs_2k", "demo"):
         height, width = stage_one(name).image_size
-        one, two = (2, 2) if args.small else (stage_one(name).train.batch_size, 16)
+        one, two = (2, 2) if args.small else (1 if height > 512 else stage_one(name).train.batch_size, 16)
         builders = {f"{name}, whole": partial(step_one, args, name, f"train.batch_size={one}", "train.regions=0")}
         if min(height, width) > 512:
             keys = (f"train.batch_size={one}", "train.regions=2", "train.region_size=512")
@@ -740,6 +741,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [measure.__name__ for measure in MEASUREMENTS]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--config", default="people2k", metavar="NAME", help="of ours beside peers (default: people2k)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--scale", choices=("full", "small"), default="full", help="small: a smoke test")
