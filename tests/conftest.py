@@ -107,10 +107,11 @@ def tiny_network(**changes) -> PyramidNCSNpp:
 
 
 def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:
-    """Moves every parameter, so that what starts at zero takes part."""
+    """Moves every parameter, so that what starts at zero takes part; so does what is fitted, not learned."""
     generator = torch.Generator().manual_seed(1)
+    fitted = [buffer for name, buffer in model.named_buffers() if ".base." in name]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in [*model.parameters(), *fitted]:
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * std)
     return model
 

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -36,6 +37,8 @@ VARIANTS = {
     "no norms": {"norm": "none"},
     "thumbnail": {"levels": ((16, 6), (8, 12)), "base": "thumbnail"},
     "thumbnail, patches": {"levels": ((16, 6), (8, 3)), "base": "thumbnail", "patch": 4, "norm": "none"},
+    "linear base": {"levels": ((16, 6), (8, 12)), "base": "linear"},
+    "linear base, patches": {"levels": ((16, 6), (8, 3)), "base": "linear", "patch": 4, "norm": "none"},
     "patches of 2": {"patch": 2},
     "patches of 8, no norms": {"patch": 8, "norm": "none"},
     "patches of 4, skip none": {"patch": 4, "skip": "none"},
@@ -50,7 +53,7 @@ VARIANTS = {
 
 # One of each kind of stored weight; the others are made of the same parts.
 STORED = {"default", "vq", "one level, f1", "three levels", "vit", "unshuffle, skip", "group norms", "two blocks",
-          "no linear heads", "no spectral norm", "no norms", "patches of 2"}  # fmt: skip
+          "no linear heads", "no spectral norm", "no norms", "patches of 2", "linear base"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -332,6 +335,42 @@ def test_a_thumbnail_is_what_it_begins_as(channels, side):
     while small.shape[-1] < 32:
         small = bilinear_up(small)
     torch.testing.assert_close(decoded, small, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("factor", "patch", "side", "averaged"), [(8, 1, 8, 1), (8, 4, 2, 4), (32, 1, 16, 2)])
+def test_a_linear_base_begins_as_principal_components_and_least_squares(factor, patch, side, averaged):
+    """By numpy's SVD and lstsq on the same blocks: latents with their proportions, and what is decoded untrained."""
+    size, channels = (2 * factor, 4 * factor), 5
+    config = {"levels": ((factor, channels),), "image_size": size, "patch": patch, "base": "linear", "norm": "none"}
+    model = tiny_autoencoder(**config).eval()
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(32, 3, size[0] // 4, size[1] // 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear") * 2 - 1
+    model.fit_base(lambda: images.split(8))
+    with torch.no_grad():
+        latents = model.encode(images).mode()
+        decoded = model.decode(latents)
+
+    small = images.unflatten(3, (-1, averaged)).unflatten(2, (-1, averaged)).mean(dim=(3, 5)).double().numpy()
+    rows, columns = size[0] // factor, size[1] // factor
+    blocks = small.reshape(32, 3, rows, side, columns, side).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * side * side)
+    mean = blocks.mean(axis=0)
+    _, lengths, components = np.linalg.svd(blocks - mean, full_matrices=False)
+    found = (blocks - mean) @ components[:channels].T
+    found /= np.sqrt(np.mean(lengths[:channels] ** 2 / len(blocks)))
+    ours = latents[0].permute(0, 2, 3, 1).reshape(-1, channels).double().numpy()
+    np.testing.assert_allclose(np.abs(ours), np.abs(found), atol=2e-4)  # components have no sign
+    assert ours.std() == pytest.approx(1, abs=1e-3)
+
+    around = np.pad(found.reshape(32, rows, columns, channels), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    windows = [around[:, y : y + rows, x : x + columns] for y in range(3) for x in range(3)]
+    inputs = np.concatenate(windows, axis=-1).reshape(len(blocks), -1)
+    predicted = mean + inputs @ np.linalg.lstsq(inputs, blocks - mean, rcond=None)[0]
+    expected = predicted.reshape(32, rows, columns, 3, side, side).transpose(0, 3, 1, 4, 2, 5)
+    expected = torch.from_numpy(np.ascontiguousarray(expected.reshape(small.shape))).float()
+    while expected.shape[-1] < size[1]:
+        expected = bilinear_up(expected)
+    torch.testing.assert_close(decoded, expected, atol=2e-3, rtol=0)
 
 
 def test_without_norms_a_block_adds_to_its_shortcut():

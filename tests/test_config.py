@@ -272,6 +272,16 @@ def test_rules_of_the_levels(refusal, levels, fault):
         NCSNppConfig().resolve([32, 64], [Level(f, c) for f, c in levels])
 
 
+def test_a_linear_base_has_no_more_channels_than_its_blocks_have_values(load, refusal):
+    """At factor 8 and patches of 4 a block is 2x2 of a reduced image: 12 values."""
+    keys = ["model.base=linear", "model.patch=4"]
+    keys += [f"model.{half}.widths=[8, 8, 8]" for half in ("encoder", "decoder")]
+    load(*keys, "model.levels=[{factor: 16, channels: 6}, {factor: 8, channels: 12}]")
+    message = refusal(*keys, "model.levels=[{factor: 16, channels: 6}, {factor: 8, channels: 13}]")
+    assert "model.base=linear: the finest level has 13 channels, but its blocks have 12 values" in message
+    assert "model.base=linear needs latent=kl" in refusal("model.base=linear", "model.latent=vq")
+
+
 def test_a_level_without_channels_is_named_where_it_was_given(refusal):
     message = refusal("model.levels=[{factor: 16}]")
     assert message.startswith(

@@ -29,6 +29,8 @@ CONFIGS = {
     "patches without skips": {"levels": ((16, 4),), "attention__max_tokens": 32, "patch": 4, "skip": "none"},
     "thumbnail": {"levels": ((32, 6), (8, 12)), "attention__max_tokens": 16, "base": "thumbnail", "norm": "none"},
     "thumbnail, patches": {"levels": ((16, 4), (8, 48)), "patch": 4, "base": "thumbnail", "skip": "residual"},
+    "linear base": {"levels": ((32, 6), (8, 12)), "attention__max_tokens": 16, "base": "linear", "norm": "none"},
+    "linear base, patches": {"levels": ((16, 4), (8, 12)), "patch": 4, "base": "linear", "skip": "residual"},
     "one level": {"levels": ((1, 4),), "attention__max_tokens": 0},
 }
 ALL_GLOBAL = {"levels": ((8, 4),), "attention__max_tokens": 1 << 20}

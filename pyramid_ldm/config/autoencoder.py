@@ -86,8 +86,9 @@ class AutoencoderConfig(Section):
     norm: str = key("pixel", choices=("pixel", "none", "group"))
     # Pixels a side of the blocks that the encoder begins with and the decoder ends with; 1: pixels (PDM).
     patch: int = key(1, at_least=1, at_most=16)
-    # What the finest latent and the image begin as: nothing, or a thumbnail, to which the networks add.
-    base: str = key("none", choices=("none", "thumbnail"))
+    # What the finest latent and the image begin as, to which the networks add: nothing, a thumbnail, or a linear codec
+    # that is fitted to the photographs before training.
+    base: str = key("none", choices=("none", "thumbnail", "linear"))
     encoder: EncoderConfig = key(EncoderConfig)
     decoder: DecoderConfig = key(DecoderConfig)
     attention: AttentionConfig = key(AttentionConfig)
@@ -115,7 +116,13 @@ class AutoencoderConfig(Section):
         )
         require(
             self.base == "none" or (self.latent == "kl" and self.levels[-1].channels >= 3),
-            "model.base=thumbnail needs latent=kl and at least three channels at the finest level",
+            f"model.base={self.base} needs latent=kl and at least three channels at the finest level",
+        )
+        largest = 3 * (finest // max(self.patch, finest // 16)) ** 2
+        require(
+            self.base != "linear" or self.levels[-1].channels <= largest,
+            f"model.base=linear: the finest level has {self.levels[-1].channels} channels, but its blocks have "
+            f"{largest} values; give it fewer, or a smaller model.patch",
         )
         depth = (coarsest // self.patch).bit_length()
         for name, widths in (("encoder", self.encoder.widths), ("decoder", self.decoder.widths)):

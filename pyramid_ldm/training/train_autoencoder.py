@@ -27,6 +27,8 @@ from pyramid_ldm.training.run import open_run, record_start, refuse_other_step
 from pyramid_ldm.training.runtime import Runtime, start
 from pyramid_ldm.training.step import per_step, set_learning_rate, take_step
 
+FIT_IMAGES, FIT_BATCH = 256, 4  # for a linear base
+
 
 def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoencoder) -> tuple[Path, bool]:
     """Runs, or resumes, stage one. Returns (run directory, whether it reached `train.images`).
@@ -54,6 +56,8 @@ class AutoencoderStage(Stage):
         self.photographs.begin(state.bad)
         self.notes = [*config.unused(), *self.photographs.notes, *skipped]
         begin(config, state, self.photographs.fingerprint, run, runtime)
+        if config.model.base == "linear" and not state.images_seen:
+            fit_base(self)
         self.model = runtime.wrap(state.autoencoder, config.compile)
         self.discriminator = runtime.wrap(state.discriminator) if state.discriminator is not None else None
         self.networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
@@ -125,6 +129,15 @@ class AutoencoderStage(Stage):
     def about(self) -> dict[str, Any]:
         """Which photographs were held out."""
         return {"validation": self.config.data.validation, "data": self.state.data}
+
+
+def fit_base(stage: AutoencoderStage) -> None:
+    """What a linear base begins as: of the first crops of training, the same in every process."""
+    photographs, device = stage.photographs, stage.runtime.device
+    positions = [list(range(i, i + FIT_BATCH)) for i in range(0, FIT_IMAGES, FIT_BATCH)]
+    stage.state.autoencoder.fit_base(
+        lambda: (batch.images(device) for batch in photographs.to_examine(photographs.train, positions))
+    )
 
 
 def resume(config: AutoencoderTraining, state: State, run: Path, runtime: Runtime) -> list[str]:

@@ -1,14 +1,16 @@
 """The pyramid autoencoder as one module."""
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoders.posterior import DiagonalGaussian
+from pyramid_ldm.autoencoders.pyramid.base import LinearHalf, fit_base
 from pyramid_ldm.autoencoders.pyramid.decoder import PyramidDecoder
 from pyramid_ldm.autoencoders.pyramid.decoder_level import DecoderLevel
 from pyramid_ldm.autoencoders.pyramid.encoder import PyramidEncoder
@@ -149,6 +151,10 @@ class PyramidAutoencoder(nn.Module):
         if kept is not None:
             latents = tuple(z * (kept > i)[:, None, None, None] for i, z in enumerate(latents))
         return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, indices)
+
+    def fit_base(self, images: Callable[[], Iterable[Tensor]]) -> None:
+        """Before training, where `model.base` is `linear`: see `base.fit_base`."""
+        fit_base(cast(LinearHalf, self.encoder.base), cast(LinearHalf, self.decoder.base), images)
 
     def compile(self, **options: Any) -> None:
         """Compiles in place, a part at a time: where windows are cut changes with every region, and stays outside."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pyramid_ldm.autoencoders.pyramid.base import build_base
 from pyramid_ldm.autoencoders.pyramid.decoder_level import (
     DecoderLevel,
     ResidualBranch,
@@ -15,7 +16,6 @@ from pyramid_ldm.autoencoders.pyramid.decoder_level import (
     TransformerBranch,
 )
 from pyramid_ldm.autoencoders.pyramid.regions import Regions, Step, plan
-from pyramid_ldm.autoencoders.pyramid.thumbnail import Thumbnail
 from pyramid_ldm.nn.layers import dropout_schedule
 from pyramid_ldm.nn.resample import bilinear_up
 from pyramid_ldm.pyramid import Level, Pyramid
@@ -36,7 +36,8 @@ class PyramidDecoder(nn.Module):
         norm: "pixel", so that above the attention levels an output pixel depends on its neighbourhood alone; "group"
             sees the whole image everywhere.
         upsampling, zero_init: see DecoderConfig.
-        base: "thumbnail": RGB begins as what the finest latent says of a reduced image, and at first as that alone.
+        base: "thumbnail" or "linear": RGB begins as what the finest latent says of a reduced image, and at first as
+            that alone (see `base`).
         coarse_init: scale at first, where a latent enters, of what comes up from coarser levels: 1 would hide it.
         checkpoint_factors: resolutions recomputed in the backward pass.
     """
@@ -64,7 +65,7 @@ class PyramidDecoder(nn.Module):
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.base = Thumbnail(levels[-1]) if base == "thumbnail" else None
+        self.base = build_base(base, levels[-1], patch, decodes=True)
         channels = {level.factor: level.channels for level in levels}
         factors = [patch << i for i in reversed(range(len(widths)))]  # coarse to fine, as the latents
         rates = dropout_schedule(len(factors), dropout)
@@ -139,14 +140,15 @@ class PyramidDecoder(nn.Module):
         With `regions`: only these parts, (entries, 3, height, width), each equal to the same part of the image.
         Levels are computed in part from where that is less work than the whole.
         """
+        small = self._small(latents)
         if regions is None:
-            _, image = self._run(None, None, latents, range(len(self.factors)), None)
+            _, image = self._run(None, None, latents, small, range(len(self.factors)), None)
             assert image is not None
             return image
         regions.check(latents[0].shape[0], *self.image_size(latents))
         first = self._first_in_part(latents, regions)
-        h, rgb = self._run(None, None, latents, range(first), None)
-        return self._finish(h, rgb, latents, first, regions)
+        h, rgb = self._run(None, None, latents, small, range(first), None)
+        return self._finish(h, rgb, latents, small, first, regions)
 
     def tiled(self, latents: Pyramid, tile: int) -> Tensor:
         """`forward` without gradients, in tiles of up to tile x tile pixels, one at a time: the same image in less
@@ -157,11 +159,12 @@ class PyramidDecoder(nn.Module):
         first = max(len(limit), self._global_levels())
         image: Tensor | None = None
         with torch.no_grad():
-            h, rgb = self._run(None, None, latents, range(first), None)
+            small = self._small(latents)
+            h, rgb = self._run(None, None, latents, small, range(first), None)
             for top in range(0, height, rows):
                 for left in range(0, width, columns):
                     y, x = min(top, height - rows), min(left, width - columns)
-                    part = self._finish(h, rgb, latents, first, Regions.of((y, x, rows, columns), batch))
+                    part = self._finish(h, rgb, latents, small, first, Regions.of((y, x, rows, columns), batch))
                     if image is None:
                         image = part.new_empty(batch, 3, height, width)
                     image[:, :, y : y + rows, x : x + columns] = part
@@ -197,20 +200,31 @@ class PyramidDecoder(nn.Module):
         reaches = [level.reach for level in cast("list[DecoderLevel]", self.levels)[first:]]
         return [reach for reach in reaches if reach is not None]
 
-    def _finish(self, h: Tensor, rgb: Tensor | None, latents: Pyramid, first: int, regions: Regions) -> Tensor:
+    def _small(self, latents: Pyramid) -> Tensor | None:
+        """What RGB begins as, at the base's factor."""
+        return None if self.base is None else self.base.back(latents[-1])
+
+    def _finish(
+        self, h: Tensor, rgb: Tensor | None, latents: Pyramid, small: Tensor | None, first: int, regions: Regions
+    ) -> Tensor:
         """The levels from `first` on, in part."""
         steps, final = plan(regions, self._sizes(latents)[first:], self._reaches(first), self.margin)
-        _, image = self._run(h, rgb, latents, range(first, len(self.factors)), steps)
+        _, image = self._run(h, rgb, latents, small, range(first, len(self.factors)), steps)
         assert image is not None, "RGB leaves the finest level"
         return final(image)
 
     def _run(
-        self, h: Tensor | None, rgb: Tensor | None, latents: Pyramid, levels: range, steps: list[Step] | None
+        self,
+        h: Tensor | None,
+        rgb: Tensor | None,
+        latents: Pyramid,
+        small: Tensor | None,
+        levels: range,
+        steps: list[Step] | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Some levels, coarse to fine: features and RGB (where it leaves already) of the one before to those of the
         last. With `steps`, one a level, in part."""
         by_factor = dict(zip(self.latent_factors, latents, strict=True))
-        small = None if self.base is None else self.base.back(latents[-1])
         for n, i in enumerate(levels):
             level, factor = cast(DecoderLevel, self.levels[i]), self.factors[i]
             step = None if steps is None else steps[n]

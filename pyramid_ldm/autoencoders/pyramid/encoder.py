@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pyramid_ldm.autoencoders.pyramid.thumbnail import Thumbnail
+from pyramid_ldm.autoencoders.pyramid.base import build_base
 from pyramid_ldm.nn.attention import build_attention
 from pyramid_ldm.nn.layers import build_norm, conv2d, float32_conv2d
 from pyramid_ldm.nn.pixel_norm import norm_silu
@@ -119,7 +119,7 @@ class PyramidEncoder(nn.Module):
         image_patch: how many times finer, each way, than its level the image is that a `from_rgb` sees, blocks of its
             pixels as channels; 1: one pooled pixel a position (PDM, StyleGAN2).
         norm: "pixel", "none" or "group".
-        base: "thumbnail": a reduced image is added to the finest latent (see `Thumbnail`), which begins as that.
+        base: "thumbnail" or "linear": added to the finest latent, which begins as that (see `base`).
         pooling: "average", "max", or "unshuffle" (2x2 blocks to channels: the convolution sees all of them).
         linear_heads: a latent is also a linear function of the features, not of the normalised ones alone.
         checkpoint_factors: resolutions recomputed in the backward pass.
@@ -147,7 +147,7 @@ class PyramidEncoder(nn.Module):
         checkpoint_factors: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.base = Thumbnail(levels[-1]) if base == "thumbnail" else None
+        self.base = build_base(base, levels[-1], patch, decodes=False)
         channels = {level.factor: level.channels for level in levels}
         factors = [patch << i for i in range(len(widths))]
         self.stem = conv2d(3 * patch**2, widths[0], spectral_norm=spectral_norm)
