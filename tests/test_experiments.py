@@ -89,8 +89,8 @@ def test_a_row_of_both_stages_is_judged_by_both_and_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(frechet, "Inception", Colours)
     monkeypatch.setattr(train_flow, "EXAMINED", 4)
     monkeypatch.setattr(ablate, "CROPS", 4)
-    monkeypatch.setattr(baselines, "FIT", (5, 4))
-    for name, levels in (("plain network", 4), ("linear codec", 5)):
+    monkeypatch.setattr(front, "FITTED", 4)
+    for name, levels in (("plain network", 4), ("linear codec", 4)):
         monkeypatch.setitem(ablate.ROWS["both"][name], "flow", ["model.early=true", f"model.widths={[8] * levels}"])
     assert ablate.main([*words, "--guidance", "1", "2"]) == 0
     table = (tmp_path / "out" / "table.md").read_text()
@@ -107,24 +107,21 @@ def test_a_row_of_both_stages_is_judged_by_both_and_goes_on(tmp_path, monkeypatc
 
 
 @tools
-def test_the_linear_codec_fits_what_it_is_made_of():
-    """Images of few cosines are said exactly; and its halves are an autoencoder of ours, whole or in part."""
-    config = AutoencoderConfig(
-        image_size=[32, 32], levels=[Level(16, 3), Level(8, 6)], encoder=EncoderConfig([4] * 5),
-        decoder=DecoderConfig([4] * 5), attention=AttentionConfig(max_tokens=0),
-    )  # fmt: skip
-    codec = baselines.LinearCodec(config)
+def test_the_linear_codec_has_as_many_values_and_says_what_they_can():
+    """Images of few colours a block, exactly; whole or in part."""
+    config = baselines.linear_config(4 * 9 + 15, 16, [32, 32])
+    assert (config.levels, config.patch, config.decoder.widths) == ([Level(16, 12)], 1, [4] * 5)
+    assert baselines.linear_config(100, 64, [64, 128]).levels == [Level(64, 50)]
     torch.manual_seed(0)
-    colours = torch.nn.functional.interpolate(torch.randn(64, 3, 2, 2), scale_factor=16, mode="bilinear")
-    before = codec.fit(lambda step: colours[:16], steps=0)
-    error = codec.fit(lambda step: colours[16 * (step % 4) : 16 * (step % 4) + 16], steps=60)
-    assert not before > 0
-    assert error < 2e-3
-    latents = codec.encode(colours[:2]).mode()
-    assert [tuple(z.shape) for z in latents] == [(2, 3, 2, 2), (2, 6, 4, 4)]
-    decoded = codec.decode(latents)
-    assert (decoded - colours[:2]).square().mean() < 5e-3
-    torch.testing.assert_close(codec.decode(latents, (3, 5, 8, 9)), decoded[:, :, 3:11, 5:14])
+    colours = torch.nn.functional.interpolate(torch.randn(64, 3, 4, 4), scale_factor=8, mode="nearest")
+    codec = baselines.linear(config, lambda: colours.split(16))
+    with torch.no_grad():
+        latents = codec.encode(colours[:2]).mode()
+        decoded = codec.decode(latents)
+        part = codec.decode(latents, (3, 5, 8, 9))
+    assert [tuple(z.shape) for z in latents] == [(2, 12, 2, 2)]
+    torch.testing.assert_close(decoded, colours[:2], atol=1e-3, rtol=0)
+    torch.testing.assert_close(part, decoded[:, :, 3:11, 5:14])
 
 
 class Colours:
@@ -246,7 +243,6 @@ def test_a_stage_one_is_held_beside_a_jpeg(tmp_path, autoencoder_directory, phot
     for name, value in {
         "PATCH": 16,
         "PART": 16,
-        "FIT_STEPS": 2,
         "FIT_CROPS": 4,
         "BYTES": 8,
         "Inception": Colours,

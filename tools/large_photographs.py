@@ -42,7 +42,7 @@ from pyramid_ldm.training.runtime import start
 BYTES = 2  # of a latent value, as float16 in the cache
 PATCH = 256
 SHOWN, PART = 6, 448  # photographs on the sheet, pixels a side
-FIT_STEPS, FIT_IMAGES, FIT_CROPS = 100, 4, 100  # of the linear codec; so many crops are held in memory
+FIT_CROPS, FIT_IMAGES = 128, 4  # of the linear codec, which are held in memory; at once
 Way = Callable[[Tensor], Tensor]
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "patch FID", "rkid": "patch KID x 1000"}
 
@@ -75,14 +75,11 @@ def fit_jpeg(picture: Image.Image, size: int) -> bytes:
 
 
 def fitted(autoencoder: Autoencoder, photographs: Path) -> PyramidAutoencoder:
-    """A linear codec of the same levels."""
-    if not isinstance(autoencoder, PyramidAutoencoder):
-        raise UserError("stage one has no levels for a linear codec; give a run of train-ae")
-    codec = baselines.LinearCodec(autoencoder.config)
+    """A linear codec of as many values, at the finest factor."""
+    values = latent_values(autoencoder.levels, autoencoder.image_size)
     crops = random_crops(photographs, autoencoder.image_size, FIT_CROPS, 1.0)
-    parts = crops.split(FIT_IMAGES)
-    codec.fit(lambda step: parts[step % len(parts)], FIT_STEPS)
-    return codec.eval()
+    config = baselines.linear_config(values, autoencoder.levels[-1].factor, autoencoder.image_size)
+    return baselines.linear(config, lambda: crops.split(FIT_IMAGES))
 
 
 def on_cpu(way: Way) -> Way:
