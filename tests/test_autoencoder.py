@@ -346,7 +346,7 @@ def test_a_linear_base_begins_as_principal_components_and_least_squares(factor, 
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(32, 3, size[0] // 4, size[1] // 4, generator=generator)
     images = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear") * 2 - 1
-    model.fit_base(lambda: images.split(8))
+    model.fit_base(lambda: images.split(8), variance=0.01)
     with torch.no_grad():
         latents = model.encode(images).mode()
         decoded = model.decode(latents)
@@ -365,7 +365,12 @@ def test_a_linear_base_begins_as_principal_components_and_least_squares(factor, 
     around = np.pad(found.reshape(32, rows, columns, channels), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     windows = [around[:, y : y + rows, x : x + columns] for y in range(3) for x in range(3)]
     inputs = np.concatenate(windows, axis=-1).reshape(len(blocks), -1)
-    predicted = mean + inputs @ np.linalg.lstsq(inputs, blocks - mean, rcond=None)[0]
+    noise = np.sqrt(0.01 * len(blocks)) * np.eye(9 * channels)  # what so many noisy inputs add up to
+    noisy, wanted = (
+        np.concatenate([inputs, noise]),
+        np.concatenate([blocks - mean, np.zeros((len(noise), blocks.shape[1]))]),
+    )
+    predicted = mean + inputs @ np.linalg.lstsq(noisy, wanted, rcond=None)[0]
     expected = predicted.reshape(32, rows, columns, 3, side, side).transpose(0, 3, 1, 4, 2, 5)
     expected = torch.from_numpy(np.ascontiguousarray(expected.reshape(small.shape))).float()
     while expected.shape[-1] < size[1]:

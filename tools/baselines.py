@@ -134,7 +134,7 @@ def linear(config: AutoencoderConfig, images: Callable[[], Iterable[Tensor]]) ->
     if config.base != "linear" or len(config.levels) != 1:
         raise ValueError("a linear codec has one level, and model.base=linear")
     codec = PyramidAutoencoder(config).eval()
-    codec.fit_base(images)
+    codec.fit_base(images, variance=0.0)
     return codec
 
 

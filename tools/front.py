@@ -41,7 +41,7 @@ from pyramid_ldm.training.train_flow import train_flow
 Result = dict[str, Any]
 SHOWN = 32  # samples a sheet
 MEASURED = 256  # unseen images, at most, that reconstruction is measured on
-FITTED = 2_000  # crops, of a linear codec
+FITTED = 3_200  # crops, of a linear codec
 
 
 class Front:

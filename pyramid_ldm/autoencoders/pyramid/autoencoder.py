@@ -1,6 +1,7 @@
 """The pyramid autoencoder as one module."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pyramid_ldm.autoencoders.posterior import DiagonalGaussian
 from pyramid_ldm.autoencoders.pyramid.base import LinearHalf, fit_base
 from pyramid_ldm.autoencoders.pyramid.decoder import PyramidDecoder
 from pyramid_ldm.autoencoders.pyramid.decoder_level import DecoderLevel
-from pyramid_ldm.autoencoders.pyramid.encoder import PyramidEncoder
+from pyramid_ldm.autoencoders.pyramid.encoder import INITIAL_LOG_VARIANCE, PyramidEncoder
 from pyramid_ldm.autoencoders.pyramid.regions import Region, Regions
 from pyramid_ldm.config.autoencoder import AutoencoderConfig
 from pyramid_ldm.nn.spectral import full_precision
@@ -152,9 +153,11 @@ class PyramidAutoencoder(nn.Module):
             latents = tuple(z * (kept > i)[:, None, None, None] for i, z in enumerate(latents))
         return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, indices)
 
-    def fit_base(self, images: Callable[[], Iterable[Tensor]]) -> None:
-        """Before training, where `model.base` is `linear`: see `base.fit_base`."""
-        fit_base(cast(LinearHalf, self.encoder.base), cast(LinearHalf, self.decoder.base), images)
+    def fit_base(
+        self, images: Callable[[], Iterable[Tensor]], variance: float = math.exp(INITIAL_LOG_VARIANCE)
+    ) -> None:
+        """Before training, where `model.base` is `linear`: see `base.fit_base`; to the posterior's first variance."""
+        fit_base(cast(LinearHalf, self.encoder.base), cast(LinearHalf, self.decoder.base), images, variance)
 
     def compile(self, **options: Any) -> None:
         """Compiles in place, a part at a time: where windows are cut changes with every region, and stays outside."""

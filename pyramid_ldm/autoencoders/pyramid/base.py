@@ -93,11 +93,14 @@ def build_base(kind: str, finest: Level, patch: int, *, decodes: bool) -> Base |
 
 
 @torch.no_grad()
-def fit_base(encoder: LinearHalf, decoder: LinearHalf, images: Callable[[], Iterable[Tensor]]) -> None:
+def fit_base(
+    encoder: LinearHalf, decoder: LinearHalf, images: Callable[[], Iterable[Tensor]], variance: float = 0.0
+) -> None:
     """Both halves of a linear base, in closed form; deterministic.
 
     Args:
         images: batches (B, 3, H, W), the same at each call: it is called twice.
+        variance: of noise in the components, with which what they say of a block is still the best.
     """
     count, total = 0, torch.zeros(())
     square: Tensor | None = None
@@ -117,15 +120,15 @@ def fit_base(encoder: LinearHalf, decoder: LinearHalf, images: Callable[[], Iter
     normal, moments = mean.new_zeros(inputs, inputs), mean.new_zeros(inputs, len(mean))
     for batch in images():
         around = F.unfold(F.pad(encoder.of(batch), (1, 1, 1, 1), mode="replicate"), 3)
-        z, y = around.transpose(1, 2).flatten(0, 1).double(), rows(encoder.blocks(batch)) - mean
+        z, y = around.transpose(1, 2).flatten(0, 1).cpu().double(), rows(encoder.blocks(batch)) - mean
         normal.addmm_(z.T, z)
         moments.addmm_(z.T, y)
-    ridge = 1e-6 * normal.diagonal().mean() * torch.eye(inputs, dtype=normal.dtype, device=normal.device)
-    solved = torch.linalg.solve(normal + ridge, moments)  # (inputs, values)
+    ridge = count * variance + 1e-6 * float(normal.diagonal().mean())
+    solved = torch.linalg.solve(normal + ridge * torch.eye(inputs, dtype=normal.dtype), moments)  # (inputs, values)
     decoder.weight.copy_(solved.T.reshape(decoder.weight.shape))
     decoder.bias.copy_(mean)
 
 
 def rows(blocks: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B H W, C), float64."""
-    return blocks.permute(0, 2, 3, 1).flatten(0, 2).double()
+    """(B, C, H, W) -> (B H W, C), float64, which not every accelerator has."""
+    return blocks.permute(0, 2, 3, 1).flatten(0, 2).cpu().double()
