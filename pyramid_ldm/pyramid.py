@@ -36,6 +36,16 @@ class Level:
         return self.channels, height // self.factor, width // self.factor
 
 
+LARGEST_BLOCK = 16  # pixels a side of the blocks that a linear base transforms
+
+
+def base_block(factor: int, patch: int) -> tuple[int, int]:
+    """Of a linear base for a latent at `factor`: (pixels a side that are averaged first, of these a side of a block). A
+    block is a latent's position; patches of the decoder are never finer than what is averaged."""
+    averaged = max(patch, factor // LARGEST_BLOCK)
+    return averaged, factor // averaged
+
+
 def level_shapes(levels: Sequence[Level], image_size: Sequence[int]) -> list[Shape]:
     """Shape (C, H, W) of each level, coarse to fine."""
     return [level.shape(image_size) for level in levels]

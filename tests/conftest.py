@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
+from pyramid_ldm.autoencoders.pyramid.base import LinearHalf
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.condition import Context
 from pyramid_ldm.config import AutoencoderConfig, NCSNppConfig
@@ -109,7 +110,7 @@ def tiny_network(**changes) -> PyramidNCSNpp:
 def randomise(model: nn.Module, std: float = 0.1) -> nn.Module:
     """Moves every parameter, so that what starts at zero takes part; so does what is fitted, not learned."""
     generator = torch.Generator().manual_seed(1)
-    fitted = [buffer for name, buffer in model.named_buffers() if ".base." in name]
+    fitted = [buffer for part in model.modules() if isinstance(part, LinearHalf) for buffer in part.buffers()]
     with torch.no_grad():
         for parameter in [*model.parameters(), *fitted]:
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.device) * std)

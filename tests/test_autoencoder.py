@@ -378,6 +378,32 @@ def test_a_linear_base_begins_as_principal_components_and_least_squares(factor, 
     torch.testing.assert_close(decoded, expected, atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["one colour", "grey", "one image"])
+def test_a_linear_base_of_images_that_say_little_is_finite_and_not_large(kind):
+    drawn = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    one_colour = drawn[:1, :, :1, :1].expand(8, 3, 32, 32)
+    images = {"one colour": one_colour, "grey": drawn[:, :1].expand(8, 3, 32, 32), "one image": drawn[:1]}[kind]
+    model = tiny_autoencoder(levels=((16, 6), (8, 12)), base="linear", norm="none").eval()
+    model.fit_base(lambda: [images])
+    with torch.no_grad():
+        latents = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1).mode()
+        decoded = model.decode(model.encode(images).mode())
+    assert latents[-1].abs().max() < 1000
+    assert (decoded - images).square().mean() <= images.var(unbiased=False) + 1e-4
+
+
+def test_a_linear_base_says_what_it_cannot_be_fitted_to():
+    model = tiny_autoencoder(levels=((16, 6), (8, 12)), base="linear")
+    images = torch.rand(2, 3, 32, 32)
+    once = iter([images])
+    for given, fault in ((lambda: once, "32 blocks, then 0"), (lambda: [], "no images")):
+        with pytest.raises(ValueError, match=fault):
+            model.fit_base(given)
+        assert not model.decoder.base.weight.any(), "half of it is not left behind"
+    with pytest.raises(ValueError, match="nothing to fit"):
+        tiny_autoencoder().fit_base(lambda: [images])
+
+
 def test_without_norms_a_block_adds_to_its_shortcut():
     """x + f(x), not (x + f(x)) / sqrt 2: what begins at zero leaves features as they are."""
     model = tiny_autoencoder(norm="none")

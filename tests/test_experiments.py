@@ -89,7 +89,7 @@ def test_a_row_of_both_stages_is_judged_by_both_and_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(frechet, "Inception", Colours)
     monkeypatch.setattr(train_flow, "EXAMINED", 4)
     monkeypatch.setattr(ablate, "CROPS", 4)
-    monkeypatch.setattr(front, "FITTED", 4)
+    monkeypatch.setattr(front, "FIT_CROPS", 4)
     for name, levels in (("plain network", 4), ("linear codec", 4)):
         monkeypatch.setitem(ablate.ROWS["both"][name], "flow", ["model.early=true", f"model.widths={[8] * levels}"])
     assert ablate.main([*words, "--guidance", "1", "2"]) == 0

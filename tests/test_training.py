@@ -250,8 +250,9 @@ def test_two_processes_do_what_one_does(home, photographs, tmp_path):
     """The same global batch: 4 at once in one process, 1 accumulated twice in each of two. Dropout 0 (it is drawn per
     rank). And the same latents and pictures. One torchrun for all of it."""
     shared = ("data.workers=0", "train.images=16", "checkpoint.every=16", "log.pictures_every=1000")
-    stage_one = ("model.decoder.dropout=0", "train.regions=2", "train.region_size=24", "loss.gan.start=4",
-                 "loss.gan.disc_warmup=4", "loss.gan.ramp=4", f"data.root={photographs}")  # fmt: skip
+    stage_one = ("model.decoder.dropout=0", "model.base=linear", "train.regions=2", "train.region_size=24",
+                 "loss.gan.start=4", "loss.gan.disc_warmup=4", "loss.gan.ramp=4",
+                 f"data.root={photographs}")  # fmt: skip
     own = {"ae": stage_one, "flow": ("model.dropout=0", f"data.shards={home / 'latents'}")}
     encoding = ("encode", home / "ae", "--data", photographs, "--workers", 0, "--shard-size", 8, "--precision", "fp32")
     drawing = ("sample", home / "flow", "-n", 3, "--solver", "euler", "--steps", 4, "--precision", "fp32")
@@ -371,18 +372,35 @@ def test_muon_level_dropout_and_even_times_resume_exactly(home, photographs, tmp
     assert len(state_of(tmp_path / "whole")["optimizer"]["momenta"]) > 4
 
 
-def test_a_linear_base_is_fitted_to_the_photographs_before_training(home, photographs, tmp_path):
+def test_a_linear_base_is_fitted_to_the_photographs_once_before_training(home, photographs, tmp_path, monkeypatch):
     """After one step of nearly nothing, held-out photographs are many times nearer than without."""
     settings = [
-        home / "ae.yaml", f"data.root={photographs}", "train.images=4", "train.learning_rate=1e-9", "loss.gan.weight=0",
+        home / "ae.yaml", f"data.root={photographs}", "train.learning_rate=1e-9", "loss.gan.weight=0",
         "model.norm=none",
     ]  # fmt: skip
     error = {}
     for base in ("none", "linear"):
-        run("train-ae", *settings, f"model.base={base}", f"run_dir={tmp_path / base}")
+        done = run("train-ae", *settings, "train.images=4", f"model.base={base}", f"run_dir={tmp_path / base}")
         psnr = logged(tmp_path / base, "held_out_psnr")
         error[base] = 10 ** (-psnr[max(psnr)] / 10)
+        assert ("fitting it to 256 crops" in done.stderr) == (base == "linear")
     assert error["linear"] < error["none"] / 10
+    before = PyramidAutoencoder.from_pretrained(tmp_path / "linear").decoder.base.weight
+    assert before.std() > 0
+    monkeypatch.setattr(PyramidAutoencoder, "fit_base", None)
+    run("train-ae", *settings, "train.images=8", "model.base=linear", f"run_dir={tmp_path / 'linear'}")
+    assert torch.equal(PyramidAutoencoder.from_pretrained(tmp_path / "linear").decoder.base.weight, before)
+
+
+def test_photographs_that_a_linear_base_cannot_read_are_named_and_counted(home, photographs, tmp_path):
+    folder = shutil.copytree(photographs, tmp_path / "photographs")
+    for number in range(9):
+        (folder / f"broken-{number}.jpg").write_bytes(b"\xff\xd8\xff" + bytes([number]) * 100)
+    settings = (home / "ae.yaml", f"data.root={folder}", "model.base=linear", f"run_dir={tmp_path / 'run'}")
+    refused = run("train-ae", *settings, code=2)
+    assert "data.max_bad_fraction" in refused.stderr
+    assert refused.stderr.count("skipped ") > 3
+    assert "images/s" not in refused.stderr, "no step was taken"
 
 
 def test_a_cached_posterior_mode_gives_the_loss_of_encoding_on_the_fly(home, photographs, tmp_path):

@@ -1,6 +1,6 @@
-"""Stages one that the toolkit's is held beside: each a PyramidAutoencoder with foreign halves, so that posterior, loss,
-data, optimizer, checkpoints and both commands after it stay the toolkit's, and a comparison differs in the network
-alone."""
+"""Stages one that the toolkit's is held beside: each a PyramidAutoencoder, with foreign halves or untrained, so that
+posterior, loss, data, optimizer, checkpoints and both commands after it stay the toolkit's, and a comparison differs in
+the network alone."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
-from pyramid_ldm.autoencoders.pyramid.base import reduction
 from pyramid_ldm.autoencoders.pyramid.encoder import INITIAL_LOG_VARIANCE
 from pyramid_ldm.autoencoders.pyramid.regions import Regions
 from pyramid_ldm.config import AutoencoderConfig
 from pyramid_ldm.config.autoencoder import AttentionConfig, DecoderConfig, EncoderConfig
-from pyramid_ldm.pyramid import Level, Pyramid
+from pyramid_ldm.pyramid import Level, Pyramid, base_block
 
 
 class ForeignEncoder(nn.Module):
@@ -134,6 +133,8 @@ def linear(config: AutoencoderConfig, images: Callable[[], Iterable[Tensor]]) ->
     if config.base != "linear" or len(config.levels) != 1:
         raise ValueError("a linear codec has one level, and model.base=linear")
     codec = PyramidAutoencoder(config).eval()
+    for parameter in codec.parameters():
+        nn.init.zeros_(parameter)  # what was drawn at random says nothing, of log-variances either
     codec.fit_base(images, variance=0.0)
     return codec
 
@@ -141,11 +142,11 @@ def linear(config: AutoencoderConfig, images: Callable[[], Iterable[Tensor]]) ->
 def linear_config(values: int, finest: int, image_size: Sequence[int]) -> AutoencoderConfig:
     """Of one level at the factor `finest`, with as many channels as `values` of an image allow."""
     positions = math.prod(image_size) // finest**2
-    patch = reduction(finest, 1)
-    widths = [4] * (finest // patch).bit_length()
+    patch, side = base_block(finest, 1)
+    widths = [4] * side.bit_length()
     return AutoencoderConfig(
         image_size=list(image_size),
-        levels=[Level(finest, min(values // positions, 3 * (finest // patch) ** 2))],
+        levels=[Level(finest, min(values // positions, 3 * side**2))],
         base="linear",
         patch=patch,
         norm="none",

@@ -41,7 +41,7 @@ from pyramid_ldm.training.train_flow import train_flow
 Result = dict[str, Any]
 SHOWN = 32  # samples a sheet
 MEASURED = 256  # unseen images, at most, that reconstruction is measured on
-FITTED = 3_200  # crops, of a linear codec
+FIT_CROPS = 3_200  # crops, of a linear codec
 
 
 class Front:
@@ -176,7 +176,7 @@ class Front:
                 raise KeyboardInterrupt
             return load_model(run / "model", build, AutoencoderConfig)
         train, _ = split_held_out(find_images(Path(config.data.root)), config.data.validation)
-        crops = ablate.random_crops_of(train, config.image_size, FITTED, config.data.zoom)
+        crops = ablate.random_crops_of(train, config.image_size, FIT_CROPS, config.data.zoom)
         codec = baselines.linear(config.model, lambda: crops.split(16))
         codec.save_pretrained(run / "model")
         return codec

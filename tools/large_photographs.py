@@ -19,7 +19,7 @@ from pathlib import Path
 import baselines
 import torch
 import torch.nn.functional as F
-from ablate import exit_code, markdown, random_crops, report
+from ablate import exit_code, markdown, report
 from PIL import Image
 from torch import Tensor
 
@@ -28,7 +28,8 @@ from pyramid_ldm.autoencoders.protocol import Autoencoder
 from pyramid_ldm.autoencoders.pyramid.autoencoder import PyramidAutoencoder
 from pyramid_ldm.autoencoders.pyramid.perceptual import PerceptualLoss
 from pyramid_ldm.data.folder import find_images
-from pyramid_ldm.data.images import to_pil, to_tensor
+from pyramid_ldm.data.images import normalise, to_pil, to_tensor
+from pyramid_ldm.data.photographs import Photographs, Preprocessing
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.evaluation.evaluate import number, reconstruction_figures
 from pyramid_ldm.evaluation.frechet import Inception
@@ -42,7 +43,7 @@ from pyramid_ldm.training.runtime import start
 BYTES = 2  # of a latent value, as float16 in the cache
 PATCH = 256
 SHOWN, PART = 6, 448  # photographs on the sheet, pixels a side
-FIT_CROPS, FIT_IMAGES = 128, 4  # of the linear codec, which are held in memory; at once
+FIT_CROPS = 256  # of the linear codec
 Way = Callable[[Tensor], Tensor]
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "patch FID", "rkid": "patch KID x 1000"}
 
@@ -76,10 +77,11 @@ def fit_jpeg(picture: Image.Image, size: int) -> bytes:
 
 def fitted(autoencoder: Autoencoder, photographs: Path) -> PyramidAutoencoder:
     """A linear codec of as many values, at the finest factor."""
-    values = latent_values(autoencoder.levels, autoencoder.image_size)
-    crops = random_crops(photographs, autoencoder.image_size, FIT_CROPS, 1.0)
-    config = baselines.linear_config(values, autoencoder.levels[-1].factor, autoencoder.image_size)
-    return baselines.linear(config, lambda: crops.split(FIT_IMAGES))
+    height, width = autoencoder.image_size
+    values = latent_values(autoencoder.levels, (height, width))
+    crops = Photographs(find_images(photographs), Preprocessing((height, width), "random"), seed=1)
+    config = baselines.linear_config(values, autoencoder.levels[-1].factor, (height, width))
+    return baselines.linear(config, lambda: (normalise(crops[i][0])[None] for i in range(FIT_CROPS)))
 
 
 def on_cpu(way: Way) -> Way:

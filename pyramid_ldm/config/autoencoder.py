@@ -15,7 +15,7 @@ from pyramid_ldm.config.common import (
     check_levels,
 )
 from pyramid_ldm.config.schema import Section, key, require
-from pyramid_ldm.pyramid import Level
+from pyramid_ldm.pyramid import Level, base_block
 
 ATTENTION = ("spatial_channel", "spatial", "channel", "linear", "none")
 MOST_CHANNELS = 2**16
@@ -114,15 +114,16 @@ class AutoencoderConfig(Section):
             self.patch & (self.patch - 1) == 0 and self.patch <= finest,
             f"model.patch is {self.patch}; choose a power of two up to the finest latent's factor, {finest}",
         )
+        channels, (_, side) = self.levels[-1].channels, base_block(finest, self.patch)
+        require(self.base == "none" or self.latent == "kl", f"model.base={self.base} needs latent=kl")
         require(
-            self.base == "none" or (self.latent == "kl" and self.levels[-1].channels >= 3),
-            f"model.base={self.base} needs latent=kl and at least three channels at the finest level",
+            self.base != "thumbnail" or channels >= 3,
+            "model.base=thumbnail needs at least three channels at the finest level",
         )
-        largest = 3 * (finest // max(self.patch, finest // 16)) ** 2
         require(
-            self.base != "linear" or self.levels[-1].channels <= largest,
-            f"model.base=linear: the finest level has {self.levels[-1].channels} channels, but its blocks have "
-            f"{largest} values; give it fewer, or a smaller model.patch",
+            self.base != "linear" or channels <= 3 * side**2,
+            f"model.base=linear: the finest level has {channels} channels, but its blocks have {3 * side**2} values; "
+            f"give it fewer",
         )
         depth = (coarsest // self.patch).bit_length()
         for name, widths in (("encoder", self.encoder.widths), ("decoder", self.decoder.widths)):

@@ -74,6 +74,10 @@ class Stage(ABC):
     def about(self) -> dict[str, Any]:
         """What the marker of model/ says of its data."""
 
+    def prepare(self, stop: StopRequest, log: RunLog) -> None:
+        """Before the first step of all. Interrupted after a signal."""
+        return
+
     def received(self, batch: Batch, log: RunLog) -> None:
         """A batch has come."""
         return
@@ -109,6 +113,11 @@ def train(stage: Stage) -> bool:
     ):
         for line in [*stage.notes, rounding_note(config.train.images, total) + stage.describe(total)]:
             log.say(line)
+        if not state.images_seen:
+            try:
+                stage.prepare(stop, log)
+            except Interrupted:
+                return False
         done = state.images_seen >= total
         if done:
             log.say(f"trained already; model/ is written again: the average of ema.export={config.ema.export}")

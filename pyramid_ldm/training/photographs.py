@@ -57,12 +57,17 @@ class TrainingPhotographs:
             else:
                 self.gone.add(bad.digest)
 
-    def refuse(self) -> UserError | None:
-        """Where more than `max_bad_fraction` of them cannot be read, on any process."""
-        root, share, name = self.data.root, self.data.max_bad_fraction, "data.max_bad_fraction"
+    def fault(self) -> UserError | None:
+        """Where more than `max_bad_fraction` of them cannot be read here."""
         unreadable = len(self.folder.unreadable)
         bad = len(self.present & (self.bad.keys() | self.gone)) + unreadable
-        error = too_many_bad(root, bad, len(self.present) + unreadable, share, name)
+        share = self.data.max_bad_fraction
+        return too_many_bad(self.data.root, bad, len(self.present) + unreadable, share, "data.max_bad_fraction")
+
+    def refuse(self) -> UserError | None:
+        """Where more than `max_bad_fraction` of them cannot be read, on any process."""
+        error = self.fault()
         if not self.runtime.any(error is not None):
             return None
-        return error or UserError(f"{root}: another process met more bad images than {name} allows")
+        message = f"{self.data.root}: another process met more bad images than data.max_bad_fraction allows"
+        return error or UserError(message)

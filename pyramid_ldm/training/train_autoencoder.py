@@ -18,6 +18,7 @@ from pyramid_ldm.evaluation.metrics import local_lipschitz, psnr, ssim
 from pyramid_ldm.evaluation.sheets import comparison_grid
 from pyramid_ldm.nn.layers import advance_spectral_norm
 from pyramid_ldm.pyramid import level_shapes
+from pyramid_ldm.signals import StopRequest
 from pyramid_ldm.training.autoencoder_state import Build, State, accumulate, build_state, follow_codes
 from pyramid_ldm.training.checkpoint import load_newest
 from pyramid_ldm.training.log import RunLog
@@ -27,7 +28,7 @@ from pyramid_ldm.training.run import open_run, record_start, refuse_other_step
 from pyramid_ldm.training.runtime import Runtime, start
 from pyramid_ldm.training.step import per_step, set_learning_rate, take_step
 
-FIT_IMAGES, FIT_BATCH = 256, 4  # for a linear base
+FIT_CROPS, FIT_BATCH = 256, 4  # for a linear base
 
 
 def train_autoencoder(config: AutoencoderTraining, build: Build = PyramidAutoencoder) -> tuple[Path, bool]:
@@ -56,8 +57,6 @@ class AutoencoderStage(Stage):
         self.photographs.begin(state.bad)
         self.notes = [*config.unused(), *self.photographs.notes, *skipped]
         begin(config, state, self.photographs.fingerprint, run, runtime)
-        if config.model.base == "linear" and not state.images_seen:
-            fit_base(self)
         self.model = runtime.wrap(state.autoencoder, config.compile)
         self.discriminator = runtime.wrap(state.discriminator) if state.discriminator is not None else None
         self.networks = [self.model] if self.discriminator is None else [self.model, self.discriminator]
@@ -80,6 +79,11 @@ class AutoencoderStage(Stage):
             set_learning_rate(
                 self.state.disc_optimizer, rate * (self.config.loss.gan.learning_rate or base) / base
             )  # fmt: skip
+
+    def prepare(self, stop: StopRequest, log: RunLog) -> None:
+        """A linear base is fitted."""
+        if self.state.autoencoder.linear_base is not None:
+            fit_base(self, stop, log)
 
     def received(self, batch: Batch, log: RunLog) -> None:
         """Names what could not be read."""
@@ -131,13 +135,28 @@ class AutoencoderStage(Stage):
         return {"validation": self.config.data.validation, "data": self.state.data}
 
 
-def fit_base(stage: AutoencoderStage) -> None:
-    """What a linear base begins as: of the first crops of training, the same in every process."""
-    photographs, device = stage.photographs, stage.runtime.device
-    positions = [list(range(i, i + FIT_BATCH)) for i in range(0, FIT_IMAGES, FIT_BATCH)]
-    stage.state.autoencoder.fit_base(
-        lambda: (batch.images(device) for batch in photographs.to_examine(photographs.train, positions))
-    )
+def fit_base(stage: AutoencoderStage, stop: StopRequest, log: RunLog) -> None:
+    """Of the first crops of training, by the first process. Interrupted after a signal, UserError where too many
+    photographs cannot be read."""
+    photographs, runtime, autoencoder = stage.photographs, stage.runtime, stage.state.autoencoder
+    positions = [list(range(i, i + FIT_BATCH)) for i in range(0, FIT_CROPS, FIT_BATCH)]
+    log.say(f"model.base=linear: fitting it to {FIT_CROPS} crops, twice read")
+
+    def crops() -> Iterator[Tensor]:
+        batches = photographs.batches(positions)
+        for _ in positions:
+            batch = runtime.fetch(stop, batches)
+            photographs.received(batch.bad, log)
+            if (fault := photographs.fault()) is not None:
+                raise fault
+            yield batch.images(runtime.device)
+
+    def fitted() -> list[dict[str, Tensor]]:
+        autoencoder.fit_base(crops)
+        return [{name: t.cpu() for name, t in half.state_dict().items()} for half in autoencoder.linear_base or ()]
+
+    for half, state in zip(autoencoder.linear_base or (), runtime.first(fitted), strict=True):
+        half.load_state_dict(state)
 
 
 def resume(config: AutoencoderTraining, state: State, run: Path, runtime: Runtime) -> list[str]:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from pyramid_ldm.config.autoencoder import AutoencoderConfig
 from pyramid_ldm.nn.spectral import full_precision
 from pyramid_ldm.pyramid import Pyramid, compression_ratio, level_shapes
 from pyramid_ldm.serialization import assemble, read_model, read_stored, save_model
+
+INITIAL_VARIANCE = math.exp(INITIAL_LOG_VARIANCE)
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,22 @@ class PyramidAutoencoder(nn.Module):
             latents = tuple(z * (kept > i)[:, None, None, None] for i, z in enumerate(latents))
         return AutoencoderOutput(self.decoder(latents, regions).float(), posterior, loss, indices)
 
+    @property
+    def linear_base(self) -> tuple[LinearHalf, LinearHalf] | None:
+        """The encoder's and the decoder's, where `model.base` is `linear`."""
+        encoder, decoder = (getattr(half, "base", None) for half in (self.encoder, self.decoder))
+        if isinstance(encoder, LinearHalf) and isinstance(decoder, LinearHalf):
+            return encoder, decoder
+        return None
+
     def fit_base(
         self, images: Callable[[], Iterable[Tensor]], variance: float = math.exp(INITIAL_LOG_VARIANCE)
     ) -> None:
-        """Before training, where `model.base` is `linear`: see `base.fit_base`; to the posterior's first variance."""
-        fit_base(cast(LinearHalf, self.encoder.base), cast(LinearHalf, self.decoder.base), images, variance)
+        """Fits `linear_base` before training, by default to the noise that posteriors begin with; see `base.fit_base`.
+        ValueError where there is none."""
+        if self.linear_base is None:
+            raise ValueError("model.base is not linear: there is nothing to fit")
+        fit_base(*self.linear_base, images, variance)
 
     def compile(self, **options: Any) -> None:
         """Compiles in place, a part at a time: where windows are cut changes with every region, and stays outside."""

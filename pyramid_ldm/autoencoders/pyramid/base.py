@@ -1,15 +1,16 @@
 """What the finest latent and the image begin as, for both halves to add to."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyramid_ldm.nn.spectral import full_precision
-from pyramid_ldm.pyramid import Level
+from pyramid_ldm.pyramid import Level, base_block
 
-LARGEST = 16  # pixels a side of the blocks that a linear base transforms; what a larger factor leaves is averaged
+LEAST_VARIANCE = 1e-4  # that components are scaled by: images of one colour have none
+RIDGE = 1e-6  # beside a component's variance of about one
 
 
 class ThumbnailHalf(nn.Module):
@@ -37,12 +38,12 @@ class LinearHalf(nn.Module):
     """Either half's: the finest latent begins as the principal components of each block of a reduced image, and the
     reduced image as what the 3x3 components around a position say of its block by least squares.
 
-    Components keep their proportions: noise in any of them is worth as much in the image. (Each scaled to a deviation
-    of one, they reconstruct alike, and stage two cannot draw them: docs/EXPERIMENTS.md.) All zeros until `fit_base`.
+    Components keep their proportions, so that noise in any of them is worth as much in the image. What is fitted
+    (`fit_base`) stays as it is while everything around it learns; all zeros before.
 
     Args:
         finest: the latent that it begins, all of its channels.
-        patch: pixels a side of the decoder's last blocks; the reduced image is not finer.
+        patch: pixels a side of the decoder's last blocks.
     """
 
     weight: Tensor
@@ -50,9 +51,8 @@ class LinearHalf(nn.Module):
 
     def __init__(self, finest: Level, patch: int, *, decodes: bool) -> None:
         super().__init__()
-        self.factor, self.channels = reduction(finest.factor, patch), finest.channels
-        self.side = finest.factor // self.factor
-        values = 3 * self.side**2
+        self.factor, self.side = base_block(finest.factor, patch)
+        self.channels, values = finest.channels, 3 * self.side**2
         shape = (values, self.channels, 3, 3) if decodes else (self.channels, values, 1, 1)
         self.register_buffer("weight", torch.zeros(shape))
         self.register_buffer("bias", torch.zeros(shape[0]))
@@ -76,11 +76,6 @@ class LinearHalf(nn.Module):
 Base = ThumbnailHalf | LinearHalf
 
 
-def reduction(factor: int, patch: int) -> int:
-    """Pixels a side that are averaged before blocks are transformed, of a finest latent at `factor`."""
-    return max(patch, factor // LARGEST)
-
-
 def build_base(kind: str, finest: Level, patch: int, *, decodes: bool) -> Base | None:
     """Of a half: "none", "thumbnail" or "linear"."""
     match kind:
@@ -96,39 +91,44 @@ def build_base(kind: str, finest: Level, patch: int, *, decodes: bool) -> Base |
 def fit_base(
     encoder: LinearHalf, decoder: LinearHalf, images: Callable[[], Iterable[Tensor]], variance: float = 0.0
 ) -> None:
-    """Both halves of a linear base, in closed form; deterministic.
+    """Both halves of a linear base, in closed form and double precision, on the CPU.
 
     Args:
-        images: batches (B, 3, H, W), the same at each call: it is called twice.
+        images: batches (B, 3, H, W), the same at each call: it is called twice. ValueError where they are not.
         variance: of noise in the components, with which what they say of a block is still the best.
     """
-    count, total = 0, torch.zeros(())
-    square: Tensor | None = None
-    for batch in images():
-        x = rows(encoder.blocks(batch))
-        count, total = count + len(x), total + x.sum(dim=0)
-        square = x.T @ x if square is None else square.addmm_(x.T, x)
-    if square is None:
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    for x in block_rows(encoder, images()):
+        rows = x.flatten(0, 1)
+        count, total, square = count + len(rows), total + rows.sum(dim=0), square + rows.T @ rows
+    if not count:
         raise ValueError("no images to fit a linear base to")
     mean = total / count
     variances, vectors = torch.linalg.eigh(square / count - mean[:, None] * mean)
-    components = vectors.flip(1)[:, : encoder.channels].T
-    components = components / variances.flip(0)[: encoder.channels].mean().clamp(min=1e-8).sqrt()
-    encoder.weight.copy_(components[:, :, None, None])
-    encoder.bias.copy_(-(components @ mean))
+    components = vectors.flip(1)[:, : encoder.channels]
+    components /= variances.flip(0)[: encoder.channels].mean().clamp(min=LEAST_VARIANCE).sqrt()
     inputs = 9 * encoder.channels
     normal, moments = mean.new_zeros(inputs, inputs), mean.new_zeros(inputs, len(mean))
-    for batch in images():
-        around = F.unfold(F.pad(encoder.of(batch), (1, 1, 1, 1), mode="replicate"), 3)
-        z, y = around.transpose(1, 2).flatten(0, 1).cpu().double(), rows(encoder.blocks(batch)) - mean
-        normal.addmm_(z.T, z)
-        moments.addmm_(z.T, y)
-    ridge = count * variance + 1e-6 * float(normal.diagonal().mean())
-    solved = torch.linalg.solve(normal + ridge * torch.eye(inputs, dtype=normal.dtype), moments)  # (inputs, values)
+    again = 0
+    for x in block_rows(encoder, images()):
+        centred = x - mean
+        latents = (centred @ components).permute(2, 0, 1)[None]
+        around = F.unfold(F.pad(latents, (1, 1, 1, 1), mode="replicate"), 3)[0].T
+        again += len(around)
+        normal += around.T @ around
+        moments += around.T @ centred.flatten(0, 1)
+    if again != count:
+        raise ValueError(f"{count} blocks, then {again}: a linear base is fitted to the same images twice")
+    ridge = count * (variance + RIDGE) * torch.eye(inputs, dtype=normal.dtype)
+    solved = torch.linalg.solve(normal + ridge, moments)  # (inputs, values)
+    encoder.weight.copy_(components.T[:, :, None, None])
+    encoder.bias.copy_(-(mean @ components))
     decoder.weight.copy_(solved.T.reshape(decoder.weight.shape))
     decoder.bias.copy_(mean)
 
 
-def rows(blocks: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B H W, C), float64, which not every accelerator has."""
-    return blocks.permute(0, 2, 3, 1).flatten(0, 2).cpu().double()
+def block_rows(half: LinearHalf, images: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Image by image: (rows, columns, values of a block), float64, which not every accelerator has."""
+    for batch in images:
+        for blocks in half.blocks(batch).cpu().double():
+            yield blocks.permute(1, 2, 0)
