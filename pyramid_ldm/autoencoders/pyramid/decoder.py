@@ -201,7 +201,7 @@ class PyramidDecoder(nn.Module):
         return [reach for reach in reaches if reach is not None]
 
     def _small(self, latents: Pyramid) -> Tensor | None:
-        """What RGB begins as, at the base's factor."""
+        """What RGB begins as, at the base's factor; always whole, for it is three channels of one convolution."""
         return None if self.base is None else self.base.back(latents[-1])
 
     def _finish(
