@@ -134,7 +134,8 @@ def linear(config: AutoencoderConfig, images: Callable[[], Iterable[Tensor]]) ->
         raise ValueError("a linear codec has one level, and model.base=linear")
     codec = PyramidAutoencoder(config).eval()
     for parameter in codec.parameters():
-        nn.init.zeros_(parameter)  # what was drawn at random says nothing, of log-variances either
+        if parameter.dim() > 1:  # drawn at random, it would make log-variances noise; biases are what they begin as
+            nn.init.zeros_(parameter)
     codec.fit_base(images, variance=0.0)
     return codec
 

@@ -163,9 +163,7 @@ class PyramidAutoencoder(nn.Module):
             return encoder, decoder
         return None
 
-    def fit_base(
-        self, images: Callable[[], Iterable[Tensor]], variance: float = math.exp(INITIAL_LOG_VARIANCE)
-    ) -> None:
+    def fit_base(self, images: Callable[[], Iterable[Tensor]], variance: float = INITIAL_VARIANCE) -> None:
         """Fits `linear_base` before training, by default to the noise that posteriors begin with; see `base.fit_base`.
         ValueError where there is none."""
         if self.linear_base is None:

@@ -88,9 +88,7 @@ def build_base(kind: str, finest: Level, patch: int, *, decodes: bool) -> Base |
 
 
 @torch.no_grad()
-def fit_base(
-    encoder: LinearHalf, decoder: LinearHalf, images: Callable[[], Iterable[Tensor]], variance: float = 0.0
-) -> None:
+def fit_base(encoder: LinearHalf, decoder: LinearHalf, images: Callable[[], Iterable[Tensor]], variance: float) -> None:
     """Both halves of a linear base, in closed form and double precision, on the CPU.
 
     Args:
