@@ -334,7 +334,8 @@ def evaluation(args: argparse.Namespace) -> list[Row]:
 
 def runtimes(args: argparse.Namespace) -> list[Row]:
     """The same evaluation at batch 1 by PyTorch as sampling calls it, by torch.compile with frozen weights (minutes to
-    compile), and by OpenVINO where it is installed (`pip install openvino`)."""
+    compile), and by OpenVINO and ONNX Runtime where they are installed (`pip install openvino onnxruntime onnxscript`);
+    ONNX Runtime in float32, for it has no bfloat16 on a CPU."""
     name, height, width = beside_peers(args)
 
     def network() -> nn.Module:
@@ -364,8 +365,23 @@ def runtimes(args: argparse.Namespace) -> list[Row]:
         request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
         return Case(partial(request.infer, [x.numpy() for x in given]))
 
+    def onnx() -> Case:
+        import onnxruntime
+
+        given = [x.float() for x in inputs()]
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            path = Path(folder) / "network.onnx"
+            program = torch.onnx.export(network().float(), tuple(given), dynamo=True, verbose=False)
+            assert program is not None
+            program.save(path, external_data=True)
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        feed = {each.name: x.numpy() for each, x in zip(session.get_inputs(), given, strict=True)}
+        return Case(partial(session.run, None, feed))
+
     builders = {f"ours: {name}": lambda: inference(args, network, inputs, lambda model, *x: model(*x))}
-    builders |= {"torch.compile, frozen": compiled, "OpenVINO": openvino}
+    builders |= {"torch.compile, frozen": compiled, "OpenVINO": openvino, "ONNX Runtime": onnx}
     return side_by_side(args, f"{height}x{width}", builders)
 
 
