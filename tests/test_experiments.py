@@ -234,6 +234,15 @@ def test_patches_lie_side_by_side(monkeypatch):
     assert torch.equal(found[6 + 1 * 3 + 2], images[1, :, 4:8, 8:12])
 
 
+def test_the_part_with_the_most_detail_is_shown_or_all_of_a_smaller_image(monkeypatch):
+    monkeypatch.setattr(large_photographs, "PART", 32)
+    image = torch.zeros(3, 96, 128)
+    image[:, 40:60, 100:120] = torch.rand(20, 20)
+    rows, columns = large_photographs.detailed(image)
+    assert (rows, columns) == (slice(32, 64), slice(96, 128))
+    assert large_photographs.detailed(image[:, :20, :24]) == (slice(0, 20), slice(0, 20))
+
+
 @tools
 def test_a_stage_one_is_held_beside_a_jpeg(tmp_path, autoencoder_directory, photographs, monkeypatch, capsys):
     words = [str(autoencoder_directory), "--data", str(photographs), "--fit", str(photographs), "--vgg", "random",

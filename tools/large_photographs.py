@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """A trained stage one beside what costs nothing to make: bicubic thumbnails and a linear codec of as many values, and
-JPEG of as many bytes, on large photographs that nothing was trained on.
+JPEG of as many bytes, on photographs of 256 pixels a side and more that nothing was trained on.
 
     tools/large_photographs.py runs/ae --data others/ --fit photos/ --vgg vgg16.safetensors \\
         --inception inception-2015-12-05.pt --out large/
 
-Writes table.md, and sheet.jpg: of each photograph the part of 448 pixels a side with the most detail, pixel for pixel,
-the original first. FID and KID are of patches, for whole images are too few, and Inception sees 299 pixels a side.
+Writes table.md, and sheet.jpg: of each photograph the part of at most 448 pixels a side with the most detail, pixel for
+pixel, the original first. FID and KID are of patches, for whole images are few, and Inception sees 299 pixels a side.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from pyramid_ldm.training.runtime import start
 
 BYTES = 2  # of a latent value, as float16 in the cache
 PATCH = 256
-SHOWN, PART = 6, 448  # photographs on the sheet, pixels a side
+SHOWN, PART = 6, 448  # photographs on the sheet, pixels a side at most
 FIT_CROPS = 256  # of the linear codec
 Way = Callable[[Tensor], Tensor]
 TITLES = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "rfid": "patch FID", "rkid": "patch KID x 1000"}
@@ -96,12 +96,12 @@ def patches(images: Tensor) -> Tensor:
 
 
 def detailed(image: Tensor) -> tuple[slice, slice]:
-    """Where, in (3, H, W), a part of PART x PART pixels has the most gradient."""
-    light = image.mean(dim=0).cpu()
+    """Where, in (3, H, W), a square of PART pixels a side, or as many as there are, has the most gradient."""
+    light, side = image.mean(dim=0).cpu(), min(PART, *image.shape[1:])
     steps = light.diff(dim=0)[:, 1:].abs() + light.diff(dim=1)[1:].abs()
-    found = F.avg_pool2d(steps[None, None], PART - 1, stride=32)[0, 0]
+    found = F.avg_pool2d(steps[None, None], side - 1, stride=32)[0, 0]
     top, left = (32 * int(i) for i in torch.unravel_index(found.argmax(), found.shape))
-    return slice(top, top + PART), slice(left, left + PART)
+    return slice(top, top + side), slice(left, left + side)
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -109,8 +109,8 @@ def compare(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     autoencoder = load_autoencoder(args.run)
     height, width = autoencoder.image_size
-    if min(height, width) < PART:
-        raise UserError(f"{args.run}: is for {height}x{width}, and parts of {PART} pixels a side are compared")
+    if min(height, width) < PATCH:
+        raise UserError(f"{args.run}: is for {height}x{width}, and patches of {PATCH} pixels a side are compared")
     device = start("auto", "auto").device
     inception, perceptual = Inception(args.inception, device), PerceptualLoss(args.vgg, device)
     values = latent_values(autoencoder.levels, (height, width))
