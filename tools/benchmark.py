@@ -489,7 +489,7 @@ def sample(args: argparse.Namespace) -> list[Row]:
             f"ABM2, {steps} evaluations, noise to PNG, {n} at once": partial(
                 Case, partial(draw, n, steps), n, first=partial(draw, n, 2)
             )
-            for n, steps in ((1, 10), (1, 20), (8, 10), (8, 20))
+            for n, steps in ((1, 4), (1, 10), (1, 20), (8, 4), (8, 10), (8, 20))
         } | {
             f"RK45, {evaluations} evaluations": partial(Case, lambda: pipe.solve(noise, SolverOptions("rk45"))),
             "decoding": partial(Case, lambda: list(pipe.decode(noise, bf16=bf16))),
