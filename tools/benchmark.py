@@ -339,7 +339,7 @@ def runtimes(args: argparse.Namespace) -> list[Row]:
     name, height, width = beside_peers(args)
 
     def network() -> nn.Module:
-        return Evaluation(built(PyramidNCSNpp, stage_two(name).model, args))
+        return Evaluation(built(PyramidNCSNpp, stage_two(name).model, args)).eval()
 
     def inputs() -> list[Tensor]:
         return [torch.full((1,), 0.5), *random_latents(name)]
