@@ -1,6 +1,7 @@
 """tools/benchmark.py: the peers are the published ones, sides take turns, failures become remarks, one command."""
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -112,3 +113,8 @@ def test_every_measurement_runs_and_is_written(tmp_path, diffusers, capsys):
     peer = next(row for row in found["measurements"]["decode"] if row["what"] == "DC-AE f64c128")
     assert {"parameters", "flops", "seconds", "ratios", "peak_bytes"} <= peer.keys()
     assert {row["evaluations"] for row in found["measurements"]["solvers"]} >= {100}
+    *drawn, whole = found["measurements"]["sample"]
+    took = {row["what"].split(",")[0]: statistics.median(row["seconds"]) for row in drawn}
+    evaluations = next(int(row["what"].split()[1]) for row in drawn if row["what"].startswith("RK45"))
+    parts = took["RK45"] * benchmark.RK45_EVALUATIONS / evaluations + took["decoding"] + took["writing the PNG"]
+    assert whole["seconds"] == [pytest.approx(parts)]

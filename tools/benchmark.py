@@ -368,13 +368,12 @@ def runtimes(args: argparse.Namespace) -> list[Row]:
     def onnx() -> Case:
         import onnxruntime
 
-        given = [x.float() for x in inputs()]
+        given = inputs()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             path = Path(folder) / "network.onnx"
-            program = torch.onnx.export(network().float(), tuple(given), dynamo=True, verbose=False)
-            assert program is not None
+            program = torch.onnx.export(network(), tuple(given), dynamo=True, verbose=False)
             program.save(path, external_data=True)
             session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         feed = {each.name: x.numpy() for each, x in zip(session.get_inputs(), given, strict=True)}
@@ -469,8 +468,9 @@ def training(step: Callable[[], None], state: Any, network: nn.Module, images: i
 
 
 def sample(args: argparse.Namespace) -> list[Row]:
-    """Noise to PNG files by ABM2, the default, and the parts of it. RK45 computes in float32; the number of evaluations
-    that it takes on random weights says nothing, so its line is computed from the parts."""
+    """Noise to PNG files by ABM2, the default, with several numbers of evaluations in turns, and the parts of it. RK45
+    computes in float32; the number of evaluations that it takes on random weights says nothing, so its line is computed
+    from the parts."""
     (name, height, width), bf16 = beside_peers(args), args.runtime.bf16
     network = built(PyramidNCSNpp, stage_two(name).model, args)
     autoencoder = built(PyramidAutoencoder, stage_one(name).model, args)
@@ -485,20 +485,22 @@ def sample(args: argparse.Namespace) -> list[Row]:
             for i, picture in enumerate(out.images):
                 picture.save(f"{folder}/{i}.png", **FAST)
 
-        builders = {
-            f"ABM2, {steps} evaluations, noise to PNG, {n} at once": partial(
-                Case, partial(draw, n, steps), n, first=partial(draw, n, 2)
-            )
-            for n, steps in ((1, 4), (1, 10), (1, 20), (8, 4), (8, 10), (8, 20))
-        } | {
-            f"RK45, {evaluations} evaluations": partial(Case, lambda: pipe.solve(noise, SolverOptions("rk45"))),
-            "decoding": partial(Case, lambda: list(pipe.decode(noise, bf16=bf16))),
-            "writing the PNG": partial(Case, lambda: image.save(f"{folder}/0.png", **FAST)),
+        def drawing(images: int, steps: int) -> Callable[[], Case]:
+            return partial(Case, partial(draw, images, steps), images, first=partial(draw, images, 2))
+
+        of = f"{height}x{width}"
+        one = {f"ABM2, {steps} evaluations, noise to PNG": drawing(1, steps) for steps in (10, 1, 2, 4, 20)}
+        rows = side_by_side(args, of, one)
+        rk45, decoding, writing = f"RK45, {evaluations} evaluations", "decoding", "writing the PNG"
+        alone = {f"ABM2, {steps} evaluations, noise to PNG, 8 at once": drawing(8, steps) for steps in (10, 20)} | {
+            rk45: partial(Case, lambda: pipe.solve(noise, SolverOptions("rk45"))),
+            decoding: partial(Case, lambda: list(pipe.decode(noise, bf16=bf16))),
+            writing: partial(Case, lambda: image.save(f"{folder}/0.png", **FAST)),
             "writing a JPEG": partial(Case, lambda: image.save(f"{folder}/0.jpg", quality=92)),
         }
-        of = f"{height}x{width}"  # each alone: they are parts of one another
-        rows = [side_by_side(args, of, {what: build})[0] for what, build in builders.items()]
-    parts = [median(row["seconds"]) for row in rows[4:7] if "seconds" in row]
+        rows += [side_by_side(args, of, {what: build})[0] for what, build in alone.items()]
+    measured = {row["what"]: row["seconds"] for row in rows if "seconds" in row}
+    parts = [median(measured[what]) for what in (rk45, decoding, writing) if what in measured]
     if len(parts) == 3:
         seconds = [RK45_EVALUATIONS / evaluations * parts[0] + parts[1] + parts[2]]
         what = f"RK45, noise to PNG, if it takes {RK45_EVALUATIONS} evaluations"
