@@ -106,7 +106,6 @@ def detailed(image: Tensor) -> tuple[slice, slice]:
 
 def compare(args: argparse.Namespace) -> None:
     """The table and the sheet."""
-    args.out.mkdir(parents=True, exist_ok=True)
     autoencoder = load_autoencoder(args.run)
     height, width = autoencoder.image_size
     if min(height, width) < PATCH:
@@ -123,6 +122,7 @@ def compare(args: argparse.Namespace) -> None:
         f"JPEG, {size} bytes": on_cpu(partial(jpeg, size=size)),
     }
     paths = [file.path for file in find_images(args.data)]
+    args.out.mkdir(parents=True, exist_ok=True)
     count, found = reconstruction_figures(
         ways,
         (images.to(device) for _, images in centre_crops(paths, (height, width), "photographs")),
