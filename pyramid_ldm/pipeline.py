@@ -1,10 +1,11 @@
 """From noise to images: what `pyramid-ldm sample` and a notebook use."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ from pyramid_ldm.errors import UserError
 from pyramid_ldm.files import read_json, sha256, write_json
 from pyramid_ldm.networks.ncsnpp import PyramidNCSNpp
 from pyramid_ldm.nn.layers import to_bfloat16
+from pyramid_ldm.openvino_backend import OpenVINO
 from pyramid_ldm.ownership import claim
 from pyramid_ldm.processes.build import process_from_dict, process_to_dict
 from pyramid_ldm.processes.prediction import Prediction
@@ -32,6 +34,7 @@ from pyramid_ldm.serialization import Stored, assemble, read_model, read_stored
 FORMAT = 4
 MANIFEST = "pipeline.json"
 TILE = {"cpu": 512}  # what its caches like; other devices decode a 2K image whole
+WHOLE = 2048 * 2048  # pixels that OpenVINO decodes at once
 
 
 @dataclass(frozen=True)
@@ -66,22 +69,38 @@ class PyramidPipeline:
         self.scaling, self.process, self.checkpoint = scaling, process or RectifiedFlow(), checkpoint
         self.device = torch.device("cpu")
         self._compiled = False
+        self.openvino: OpenVINO | None = None  # what computes instead of PyTorch, where asked for
         self._bf16: dict[str, nn.Module] = {}  # copies with bfloat16 weights, made when first used
 
     def to(self, device: str | torch.device) -> Self:
         """Moves both networks; returns self."""
         self.device = torch.device(device)
+        if self.openvino:
+            self._refuse_openvino_elsewhere()
         self._bf16.clear()
         for network in (self.network, self.autoencoder):
             network.to(self.device)
         return self
 
-    def compile(self) -> Self:
-        """Compiles the network at its first use, for one batch size (on CUDA, as CUDA graphs): minutes then,
-        faster steps ever after. Returns self."""
+    def compile(self, backend: Literal["inductor", "openvino"] = "inductor") -> Self:
+        """Compiles at the first use, for one batch size; faster ever after. Returns self.
+
+        Args:
+            backend: `inductor` for the network (minutes; on CUDA, as CUDA graphs), or `openvino` for the network and
+                the decoder of images of up to 2048x2048 (seconds; on a CPU).
+
+        Raises UserError where the backend is missing or not for this device.
+        """
+        if backend == "openvino":
+            self._refuse_openvino_elsewhere()
+            self.openvino = OpenVINO()
         self._compiled = True
         self._bf16.clear()
         return self
+
+    def _refuse_openvino_elsewhere(self) -> None:
+        if self.device.type != "cpu":
+            raise UserError(f"OpenVINO computes on the CPU here, not on {self.device}; leave one of the two out")
 
     def _ready(self, name: str, bf16: bool) -> nn.Module:
         """For use in either precision. What is stored in float32 stays where it was read from, which may be the file,
@@ -93,7 +112,7 @@ class PyramidPipeline:
             network = self._bf16[name]
         else:
             network.to(memory_format=torch.channels_last)
-        if self._compiled and name == "network" and network._compiled_call_impl is None:
+        if self._compiled and self.openvino is None and name == "network" and network._compiled_call_impl is None:
             network.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
         return network
 
@@ -193,7 +212,7 @@ class PyramidPipeline:
         noise = tuple(level.to(self.device) for level in noise)
         rows = max(rows, noise[0].shape[0])
         network_bf16 = options.network_in_bf16(bf16)
-        network = self._ready("network", network_bf16)
+        network = self.network if self.openvino else self._ready("network", network_bf16)
 
         def evaluate(noisy: Pyramid, context: Context) -> Pyramid:
             present = len(context.label)
@@ -202,8 +221,12 @@ class PyramidPipeline:
                 noisy = tuple(_fill(level, rows) for level in noisy)
                 context = replace(context, label=_fill(context.label, rows), sigma=_fill(context.sigma, rows))
                 torch.compiler.cudagraph_mark_step_begin()
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=network_bf16):
-                result: Pyramid = network(noisy, context)
+            result: Pyramid
+            if self.openvino:
+                result = self.openvino.evaluate(network, noisy, context, network_bf16)
+            else:
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=network_bf16):
+                    result = network(noisy, context)
             return tuple(level[:present] for level in result)
 
         def predict(noisy: Pyramid, t: Tensor, told: Tensor) -> Prediction:
@@ -216,10 +239,14 @@ class PyramidPipeline:
     def decode(self, latents: Pyramid, *, bf16: bool = False) -> Iterator[Tensor]:
         """Raw latents to images (3, H, W) in [-1, 1], one at a time: a 2K image needs the memory of one."""
         tile = TILE.get(self.device.type, 2048)
-        network = cast(Autoencoder, self._ready("autoencoder", bf16))
+        whole = self.openvino if math.prod(self.autoencoder.image_size) <= WHOLE else None
         for parts in zip(*(level.to(self.device).split(1) for level in latents), strict=True):
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-                image = network.decode_tiled(parts, tile)[0].float()
+            if whole and isinstance(self.autoencoder, nn.Module):
+                image = whole.decode(self.autoencoder, parts, bf16)[0]
+            else:
+                network = cast(Autoencoder, self._ready("autoencoder", bf16))
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+                    image = network.decode_tiled(parts, tile)[0].float()
             if not torch.isfinite(image).all():  # too large for bfloat16's rounding to survive: once more, in float32
                 image = cast(Autoencoder, self._ready("autoencoder", bf16=False)).decode_tiled(parts, tile)[0]
             yield image.cpu()

@@ -29,6 +29,7 @@ def settings_of(pipeline: PyramidPipeline, options: SolverOptions, bf16: bool) -
     return {
         "checkpoint": pipeline.checkpoint,
         **options.record(bf16),
+        **({"runtime": "OpenVINO"} if pipeline.openvino else {}),
         "size": [height, width],
         "ratio": round(pipeline.autoencoder.compression_ratio(), 3),
     }

@@ -27,7 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "reads, and no pictures",
     )
     add_solver(parser)
-    parser.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
+    compilers = parser.add_mutually_exclusive_group()
+    compilers.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
+    compilers.add_argument(
+        "--openvino", action="store_true", help="compute with OpenVINO: on a CPU faster, after half a minute"
+    )
     parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="default: 8")
     add_device(parser)
 
@@ -45,8 +49,8 @@ def run(arguments: argparse.Namespace) -> bool:
     keep_apart(out, "--out", {"FLOW_RUN": arguments.flow})
     runtime = start(arguments.device, arguments.precision)
     pipeline = PyramidPipeline.from_pretrained(arguments.flow).to(runtime.device)
-    if arguments.compile:
-        pipeline.compile()
+    if arguments.compile or arguments.openvino:
+        pipeline.compile("openvino" if arguments.openvino else "inductor")
     if arguments.pairs:
         from pyramid_ldm.pairs import draw_pairs
 
