@@ -1,11 +1,10 @@
-"""Networks as OpenVINO runs them: on a CPU faster than PyTorch (BENCHMARKS.md), after half a minute of converting."""
+"""Networks as OpenVINO runs them: on a CPU faster than PyTorch (BENCHMARKS.md), after some seconds of converting."""
 
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 class OpenVINO:
-    """Converts a network and a decoder when each is first called, and again when it is called in another way.
+    """Converts a network when it is first called, and again when it is called in another way.
 
     What it computes has the weights of that call, for which no gradients can be had any more. Raises UserError where
     the package is missing.
@@ -27,24 +26,17 @@ class OpenVINO:
     def __init__(self) -> None:
         if find_spec("openvino") is None:
             raise UserError("OpenVINO is not installed; pip install 'pyramid-ldm[openvino]'")
-        self._made: dict[type, tuple[Hashable, Run]] = {}
+        self._way: Hashable = None
+        self._run: Run | None = None
 
     def evaluate(self, network: nn.Module, noisy: Pyramid, context: Context, bf16: bool) -> Pyramid:
         """What the network says; converted for one number of rows, guidance and precision."""
         way = (network, len(context.label), context.guidance, bf16)
-        return self._run(_Evaluation(network, context), way, (context.label, context.sigma, *noisy), bf16)
-
-    def decode(self, autoencoder: nn.Module, latents: Pyramid, bf16: bool) -> Tensor:
-        """The autoencoder's `decode`; converted for one number of rows and precision."""
-        return self._run(_Decoding(autoencoder), (autoencoder, len(latents[0]), bf16), latents, bf16)[0]
-
-    def _run(self, module: nn.Module, way: Hashable, inputs: tuple[Tensor, ...], bf16: bool) -> tuple[Tensor, ...]:
-        kept, run = self._made.get(type(module), (None, None))
-        if run is None or kept != way:
-            self._made.pop(type(module), None)  # before the next takes memory
-            run = converted(module, inputs, bf16)
-            self._made[type(module)] = way, run
-        return run(*inputs)
+        inputs = (context.label, context.sigma, *noisy)
+        if self._run is None or self._way != way:
+            self._run = None  # before the next takes memory
+            self._run, self._way = converted(Evaluation(network, context.guidance), inputs, bf16), way
+        return self._run(*inputs)
 
 
 def converted(module: nn.Module, example: tuple[Tensor, ...], bf16: bool) -> Run:
@@ -87,22 +79,14 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-class _Evaluation(nn.Module):
-    """Tensors in and out; what else the network is told stays as it is."""
+class Evaluation(nn.Module):
+    """A network that takes and returns tensors, as exporters want it; what else it is told stays as it is."""
 
-    def __init__(self, network: nn.Module, context: Context) -> None:
+    def __init__(self, network: nn.Module, guidance: float = 1.0) -> None:
         super().__init__()
-        self.network, self.guidance = network, context.guidance
+        self.network, self.guidance = network, guidance
 
     def forward(self, label: Tensor, sigma: Tensor, *noisy: Tensor) -> Pyramid:
+        """As `PyramidNCSNpp`'s."""
         found: Pyramid = self.network(noisy, Context(label, sigma, guidance=self.guidance))
         return found
-
-
-class _Decoding(nn.Module):
-    def __init__(self, autoencoder: Any) -> None:
-        super().__init__()
-        self.autoencoder = autoencoder
-
-    def forward(self, *latents: Tensor) -> tuple[Tensor]:
-        return (self.autoencoder.decode(latents),)  # type: ignore[operator]

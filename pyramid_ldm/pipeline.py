@@ -1,6 +1,5 @@
 """From noise to images: what `pyramid-ldm sample` and a notebook use."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -34,7 +33,6 @@ from pyramid_ldm.serialization import Stored, assemble, read_model, read_stored
 FORMAT = 4
 MANIFEST = "pipeline.json"
 TILE = {"cpu": 512}  # what its caches like; other devices decode a 2K image whole
-WHOLE = 2048 * 2048  # pixels that OpenVINO decodes at once
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,10 @@ class PyramidPipeline:
         return self
 
     def compile(self, backend: Literal["inductor", "openvino"] = "inductor") -> Self:
-        """Compiles at the first use, for one batch size; faster ever after. Returns self.
+        """Compiles the network at its first use, for one batch size: faster steps ever after. Returns self.
 
         Args:
-            backend: `inductor` for the network (minutes; on CUDA, as CUDA graphs), or `openvino` for the network and
-                the decoder of images of up to 2048x2048 (seconds; on a CPU).
+            backend: `inductor` takes minutes (on CUDA, CUDA graphs come of it), `openvino` a quarter of one, on a CPU.
 
         Raises UserError where the backend is missing or not for this device.
         """
@@ -239,14 +236,10 @@ class PyramidPipeline:
     def decode(self, latents: Pyramid, *, bf16: bool = False) -> Iterator[Tensor]:
         """Raw latents to images (3, H, W) in [-1, 1], one at a time: a 2K image needs the memory of one."""
         tile = TILE.get(self.device.type, 2048)
-        whole = self.openvino if math.prod(self.autoencoder.image_size) <= WHOLE else None
+        network = cast(Autoencoder, self._ready("autoencoder", bf16))
         for parts in zip(*(level.to(self.device).split(1) for level in latents), strict=True):
-            if whole and isinstance(self.autoencoder, nn.Module):
-                image = whole.decode(self.autoencoder, parts, bf16)[0]
-            else:
-                network = cast(Autoencoder, self._ready("autoencoder", bf16))
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-                    image = network.decode_tiled(parts, tile)[0].float()
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+                image = network.decode_tiled(parts, tile)[0].float()
             if not torch.isfinite(image).all():  # too large for bfloat16's rounding to survive: once more, in float32
                 image = cast(Autoencoder, self._ready("autoencoder", bf16=False)).decode_tiled(parts, tile)[0]
             yield image.cpu()

@@ -3,12 +3,23 @@
 import pytest
 import torch
 from conftest import randomise, tiny_autoencoder, tiny_network
+from torch import nn
 
 from pyramid_ldm import PyramidPipeline
 from pyramid_ldm.errors import UserError
+from pyramid_ldm.openvino_backend import converted
 from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import LatentScaling, pyramid_noise
 from pyramid_ldm.sample import settings_of
+
+
+class Several(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return tuple(self.module(x) for x in inputs)
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +36,12 @@ def served_like(pipeline):
 
 @pytest.fixture
 def made(monkeypatch):
-    """What is converted, for modules that PyTorch runs after all: converting a network takes a while."""
+    """In what precision networks are converted, which PyTorch runs after all: converting one takes a while."""
     found = []
     monkeypatch.setattr(
-        "pyramid_ldm.openvino_backend.converted", lambda module, inputs, bf16: found.append((module, bf16)) or module
+        "pyramid_ldm.openvino_backend.converted", lambda module, inputs, bf16: found.append(bf16) or module
     )
     return found
-
-
-def test_it_decodes_the_same_images(pipeline, monkeypatch):
-    served = served_like(pipeline)
-    latents = tuple(torch.randn(2, *shape) for shape in pipeline.network.shapes)
-    exact, found = (torch.stack(list(pipe.decode(latents))) for pipe in (pipeline, served))
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(found, exact), "it did not compute"
-    monkeypatch.setattr("pyramid_ldm.pipeline.WHOLE", 0)
-    assert torch.equal(torch.stack(list(served.decode(latents))), exact), "large ones are decoded in tiles"
 
 
 def test_it_is_asked_for_whole_batches_and_made_once_a_way(pipeline, made):
@@ -50,9 +51,21 @@ def test_it_is_asked_for_whole_batches_and_made_once_a_way(pipeline, made):
         a, b = pipeline(3, guidance=guidance, **how), served(3, guidance=guidance, **how)  # the last batch is smaller
         for exact, found in zip(a.latents, b.latents, strict=True):
             torch.testing.assert_close(found, exact)
-    assert [type(module).__name__ for module, _ in made] == ["_Evaluation", "_Decoding", "_Evaluation"]
-    served(1, guidance=2.0, seed=2, steps=5, batch_size=2, bf16=True)
-    assert [bf16 for _, bf16 in made[3:]] == [True, True]
+    served(2, guidance=2.0, bf16=True, **how)
+    served(1, guidance=2.0, bf16=True, seed=2, steps=5, batch_size=1)
+    assert made == [False, False, True, True]
+
+
+def test_what_is_converted_computes_the_same():
+    pytest.importorskip("openvino")
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Upsample(scale_factor=2))
+    x = torch.randn(2, 3, 8, 8)
+    run = converted(Several(module), (x, x), False)
+    a, b = run(x, 2 * x)
+    torch.testing.assert_close((a, b), (module(x), module(2 * x)), rtol=1e-5, atol=1e-5)
+    kept = a.clone()
+    run(0 * x, x)
+    assert torch.equal(a, kept), "what it returns is not overwritten"
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ from pyramid_ldm.evaluation.progress import Progress
 from pyramid_ldm.files import write_json
 from pyramid_ldm.info.cost import Work, no_scaling
 from pyramid_ldm.nn.layers import advance_spectral_norm, cast_to_bfloat16, fold_spectral_norm
+from pyramid_ldm.openvino_backend import Evaluation, converted
 from pyramid_ldm.ownership import claim
 from pyramid_ldm.pictures import FAST
 from pyramid_ldm.processes.build import build_process
@@ -342,7 +343,7 @@ def runtimes(args: argparse.Namespace) -> list[Row]:
         return Evaluation(built(PyramidNCSNpp, stage_two(name).model, args)).eval()
 
     def inputs() -> list[Tensor]:
-        return [torch.full((1,), 0.5), *random_latents(name)]
+        return [torch.full((1,), 0.5), torch.full((1,), 1.0), *random_latents(name)]
 
     def compiled() -> Case:
         import torch._inductor.config as inductor
@@ -352,18 +353,9 @@ def runtimes(args: argparse.Namespace) -> list[Row]:
         return Case(case.call)  # counting FLOPs would compile anew
 
     def openvino() -> Case:
-        import openvino
-
         given = inputs()
-        with torch.no_grad():
-            model = openvino.convert_model(network(), example_input=tuple(given))
-        hints = {
-            "INFERENCE_PRECISION_HINT": "bf16" if args.runtime.bf16 else "f32",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
-        return Case(partial(request.infer, [x.numpy() for x in given]))
+        run = converted(network(), tuple(given), args.runtime.bf16)
+        return Case(lambda: run(*given))
 
     def onnx() -> Case:
         import onnxruntime
@@ -382,18 +374,6 @@ def runtimes(args: argparse.Namespace) -> list[Row]:
     builders = {f"ours: {name}": lambda: inference(args, network, inputs, lambda model, *x: model(*x))}
     builders |= {"torch.compile, frozen": compiled, "OpenVINO": openvino, "ONNX Runtime": onnx}
     return side_by_side(args, f"{height}x{width}", builders)
-
-
-class Evaluation(nn.Module):
-    """Tensors in and out, as compilers want it."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, t: Tensor, *latents: Tensor) -> Pyramid:
-        found: Pyramid = self.network(latents, Context(t, t))
-        return found
 
 
 def train(args: argparse.Namespace) -> list[Row]:
@@ -475,29 +455,37 @@ def sample(args: argparse.Namespace) -> list[Row]:
     network = built(PyramidNCSNpp, stage_two(name).model, args)
     autoencoder = built(PyramidAutoencoder, stage_one(name).model, args)
     pipe = PyramidPipeline(network, autoencoder, no_scaling(autoencoder.config)).to(args.runtime.device)
-    noise = pyramid_noise(network.shapes, 0, "sample", [0])
+    noise, eight = pyramid_noise(network.shapes, 0, "sample", [0]), {}
     evaluations = pipe.solve(noise, SolverOptions("rk45")).nfe
     image = to_pil(next(iter(pipe.decode(noise, bf16=bf16))))
     with tempfile.TemporaryDirectory() as folder:
 
-        def draw(images: int, steps: int) -> None:
+        def draw(images: int, steps: int, pipe: PyramidPipeline = pipe) -> None:
             out = pipe(num_images=images, batch_size=images, steps=steps, bf16=bf16)
             for i, picture in enumerate(out.images):
                 picture.save(f"{folder}/{i}.png", **FAST)
 
-        def drawing(images: int, steps: int) -> Callable[[], Case]:
-            return partial(Case, partial(draw, images, steps), images, first=partial(draw, images, 2))
+        def drawing(images: int, steps: int, pipe: PyramidPipeline = pipe) -> Callable[[], Case]:
+            return partial(Case, partial(draw, images, steps, pipe), images, first=partial(draw, images, 2, pipe))
 
         of = f"{height}x{width}"
         one = {f"ABM2, {steps} evaluations, noise to PNG": drawing(1, steps) for steps in (10, 1, 2, 4, 20)}
+        if args.device == "cpu" and find_spec("openvino"):
+            served = PyramidPipeline(network, autoencoder, pipe.scaling).compile("openvino")
+            one |= {f"the same with {steps}, by OpenVINO": drawing(1, steps, served) for steps in (10, 20)}
+            eight = {"the same with 10, by OpenVINO, 8 at once": drawing(8, 10, served)}
         rows = side_by_side(args, of, one)
         rk45, decoding, writing = f"RK45, {evaluations} evaluations", "decoding", "writing the PNG"
-        alone = {f"ABM2, {steps} evaluations, noise to PNG, 8 at once": drawing(8, steps) for steps in (10, 20)} | {
-            rk45: partial(Case, lambda: pipe.solve(noise, SolverOptions("rk45"))),
-            decoding: partial(Case, lambda: list(pipe.decode(noise, bf16=bf16))),
-            writing: partial(Case, lambda: image.save(f"{folder}/0.png", **FAST)),
-            "writing a JPEG": partial(Case, lambda: image.save(f"{folder}/0.jpg", quality=92)),
-        }
+        alone = (
+            {f"ABM2, {steps} evaluations, noise to PNG, 8 at once": drawing(8, steps) for steps in (10, 20)}
+            | eight
+            | {
+                rk45: partial(Case, lambda: pipe.solve(noise, SolverOptions("rk45"))),
+                decoding: partial(Case, lambda: list(pipe.decode(noise, bf16=bf16))),
+                writing: partial(Case, lambda: image.save(f"{folder}/0.png", **FAST)),
+                "writing a JPEG": partial(Case, lambda: image.save(f"{folder}/0.jpg", quality=92)),
+            }
+        )
         rows += [side_by_side(args, of, {what: build})[0] for what, build in alone.items()]
     measured = {row["what"]: row["seconds"] for row in rows if "seconds" in row}
     parts = [median(measured[what]) for what in (rk45, decoding, writing) if what in measured]

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compilers = parser.add_mutually_exclusive_group()
     compilers.add_argument("--compile", action="store_true", help="compile the network first; pays for many images")
     compilers.add_argument(
-        "--openvino", action="store_true", help="compute with OpenVINO: on a CPU faster, after half a minute"
+        "--openvino", action="store_true", help="compile it with OpenVINO instead: for CPUs; takes seconds"
     )
     parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="default: 8")
     add_device(parser)

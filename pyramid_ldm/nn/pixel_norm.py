@@ -20,9 +20,6 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape, channels last in memory."""
-        if torch.compiler.is_exporting():  # other runtimes fuse this, and would copy for what follows
-            inverse = (x.square().mean(dim=1, keepdim=True) + self.eps).rsqrt()
-            return x * inverse * self.weight.to(x.dtype)[:, None, None]
         # Channels last in memory, so the permuted view is contiguous and the fused kernel applies.
         last = x.permute(0, 2, 3, 1)
         return F.rms_norm(last, (x.shape[1],), self.weight.to(x.dtype), self.eps).permute(0, 3, 1, 2)
