@@ -17,6 +17,7 @@ from pyramid_ldm.training.runtime import Runtime
 
 SHARD = 1024  # pairs
 HELD_OUT = 0.05
+NOISE = "pair"  # of its own: no sample of the flow that learns them begins where one of them did
 
 
 def draw_pairs(
@@ -29,8 +30,8 @@ def draw_pairs(
     *,
     batch_size: int,
 ) -> None:
-    """Writes, or finishes, a shard directory of the latents that samples 0 to `count` - 1 of a seed end at; every
-    process draws its share of the shards. What they began with need not be stored: it is noise k of the seed.
+    """Writes, or finishes, a shard directory of the latents that noise 0 to `count` - 1 of a seed leads to; every
+    process draws its share of the shards. The noise need not be stored: it follows from the seed.
 
     Raises UserError where `out` is not ours, or holds other pairs or latents.
     """
@@ -61,7 +62,7 @@ def draw_pairs(
                 indices = list(range(starts[n], starts[n] + sizes[n]))
                 records = []
                 for latents in pipeline.stream_latents(
-                    indices, seed, options, batch_size=batch_size, bf16=runtime.bf16
+                    indices, seed, options, batch_size=batch_size, bf16=runtime.bf16, noise=NOISE
                 ):
                     records.append(make_record(latents, None, plan.dtype))
                     progress.advance(len(latents[0]))
@@ -95,5 +96,5 @@ def make_plan(pipeline: PyramidPipeline, count: int, seed: int, options: SolverO
         validation=HELD_OUT,
         seed=seed,
         shard_size=SHARD,
-        pairs=pipeline.scaling.to_dict(),
+        pairs=pipeline.scaling.to_dict() | {"noise": NOISE},
     )

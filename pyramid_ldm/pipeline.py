@@ -164,10 +164,17 @@ class PyramidPipeline:
             yield PipelineOutput(images, tuple(level.cpu() for level in latents), nfe, solution.sample_nfe)
 
     def stream_latents(
-        self, indices: list[int], seed: int, options: SolverOptions, *, batch_size: int = 8, bf16: bool = False
+        self,
+        indices: list[int],
+        seed: int,
+        options: SolverOptions,
+        *,
+        batch_size: int = 8,
+        bf16: bool = False,
+        noise: str = "sample",
     ) -> Iterator[Pyramid]:
-        """As `stream`, raw latents alone, nothing decoded."""
-        for solution in self._solutions(indices, seed, options, batch_size, bf16, None):
+        """As `stream`, raw latents alone, nothing decoded. `noise`: what it is drawn for; samples' by default."""
+        for solution in self._solutions(indices, seed, options, batch_size, bf16, None, noise):
             yield tuple(level.cpu() for level in self.scaling.unscale(solution.latents))
 
     def _solutions(
@@ -178,16 +185,17 @@ class PyramidPipeline:
         batch_size: int,
         bf16: bool,
         progress: Progress | None,
+        purpose: str = "sample",
     ) -> Iterator[Solution]:
         """Scaled latents, a batch at a time."""
         if not indices or batch_size < 1:
             raise UserError("num_images and batch_size must be at least 1")
         for start in range(0, len(indices), batch_size):
             chosen = indices[start : start + batch_size]
-            noise = pyramid_noise(self.network.shapes, seed, "sample", chosen)
+            noise = pyramid_noise(self.network.shapes, seed, purpose, chosen)
 
             def draw(step: int, chosen: list[int] = chosen) -> Pyramid:
-                return pyramid_noise(self.network.shapes, seed, f"sample, step {step}", chosen)
+                return pyramid_noise(self.network.shapes, seed, f"{purpose}, step {step}", chosen)
 
             rows = min(batch_size, len(indices))
             yield self.solve(noise, options, bf16=bf16, draw=draw, progress=progress, rows=rows)

@@ -1,6 +1,7 @@
 """Pairs of noise and what a flow made of it, and flows that begin where another ended."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from pyramid_ldm.cli import main
 from pyramid_ldm.data.latents import LatentRecords, collate_latents
 from pyramid_ldm.data.shards import LatentCache
 from pyramid_ldm.processes.rectified_flow import RectifiedFlow
+from pyramid_ldm.processes.solvers import SolverOptions
 from pyramid_ldm.pyramid import flatten, pyramid_noise
 from pyramid_ldm.training.checkpoint import load_newest
 
@@ -37,11 +39,21 @@ def test_a_pair_is_noise_and_the_latents_that_it_ends_at(home):
     assert [row.split for row in cache.rows[:3]] == ["held_out", "train", "train"]
     records = LatentRecords(cache, list(range(40)), seed=0, posterior="sample", shuffle=False)
     pipeline = PyramidPipeline.from_pretrained(home / "flow")
-    drawn = pipeline(40, seed=5, steps=3)
     batch = collate_latents([records[k] for k in range(40)])
-    torch.testing.assert_close(batch.latents, flatten(drawn.latents), atol=2e-3, rtol=2e-3)  # stored in half precision
-    noise = pyramid_noise(pipeline.network.shapes, 5, "sample", range(40))
+    noise = pyramid_noise(pipeline.network.shapes, 5, "pair", range(40))
     assert torch.equal(batch.noise, flatten(noise))
+    solution = pipeline.solve(noise, SolverOptions(steps=3))
+    drawn = flatten(pipeline.scaling.unscale(solution.latents))
+    torch.testing.assert_close(batch.latents, drawn, atol=2e-3, rtol=2e-3)  # stored in half precision
+    sample = flatten(pyramid_noise(pipeline.network.shapes, 5, "sample", range(40)))
+    assert not (sample[:, None] == batch.noise).all(dim=2).any(), "no sample of that seed begins where a pair did"
+
+
+def test_pairs_of_before_had_the_noise_of_samples(home):
+    cache = LatentCache(home / "pairs")
+    cache.plan = replace(cache.plan, pairs={key: cache.plan.pairs[key] for key in ("mean", "std")})
+    _, _, noise = LatentRecords(cache, [7], seed=0, posterior="sample", shuffle=False)[0]
+    assert torch.equal(noise, flatten(pyramid_noise(cache.plan.shapes(), 5, "sample", [7]))[0])
 
 
 def test_pairs_go_on_after_a_kill_and_are_not_mixed(home, tmp_path, capsys):
@@ -78,9 +90,7 @@ def test_training_on_pairs_learns_the_way_from_their_noise(home, tmp_path, monke
     teacher, _ = load_newest(home / "flow")
     student, _ = load_newest(tmp_path / "reflow")
     assert student["scaling"] == teacher["scaling"]
-    noise = flatten(
-        pyramid_noise(PyramidPipeline.from_pretrained(home / "flow").network.shapes, 5, "sample", range(40))
-    )
+    noise = flatten(pyramid_noise(PyramidPipeline.from_pretrained(home / "flow").network.shapes, 5, "pair", range(40)))
     for _, used, jitter in seen[:2]:
         for row in used:
             assert (noise == row).all(dim=1).any(), "noise of one of the pairs"

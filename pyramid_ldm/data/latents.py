@@ -32,7 +32,7 @@ class LatentRecords(Dataset[Item]):
         plan = self.cache.plan
         if plan.pairs is not None:
             index = int(self.cache.rows[self.rows[place]].source)
-            noise = flatten(pyramid_noise(plan.shapes(), plan.seed, "sample", [index]))[0]
+            noise = flatten(pyramid_noise(plan.shapes(), plan.seed, plan.noise, [index]))[0]
         if self.cache.plan.has_variance:
             mean, log_variance = record.chunk(2)
             if self.posterior == "sample":

@@ -34,7 +34,8 @@ class Plan:
     validation: float
     seed: int
     shard_size: int
-    # Of latents that a flow drew from noise `source` of the seed: its scale, in which the two belong together.
+    # Of latents that a flow drew from noise `source` of the seed: its scale, in which the two belong together, and what
+    # the noise was drawn for.
     pairs: dict[str, Any] | None = None
     upscale: bool = True  # whether photographs smaller than image_size are in it, enlarged
 
@@ -49,6 +50,12 @@ class Plan:
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         """The inverse."""
         return cls(**values | {"levels": [Level(factor, channels) for factor, channels in values["levels"]]})
+
+    @property
+    def noise(self) -> str:
+        """What the noise of pairs was drawn for; caches of before say nothing, and have samples'."""
+        purpose: str = (self.pairs or {}).get("noise", "sample")
+        return purpose
 
     def record_length(self) -> int:
         """Values of a row: means and, where there are any, log-variances."""
