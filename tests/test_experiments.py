@@ -174,13 +174,15 @@ def test_at_full_width_peers_are_the_published_ones(family, factor, channels, mi
 
 
 @tools
-@pytest.mark.parametrize(("family", "width"), [("sd-vae", 1 / 4), ("dc-ae", 1 / 8)])
-def test_a_peer_is_an_autoencoder_of_ours(family, width):
-    model = build_peer(family, 16, 4, width)
+@pytest.mark.parametrize(
+    ("family", "width", "channels"), [("sd-vae", 1 / 4, 4), ("dc-ae", 1 / 8, 4), ("dc-ae", 1 / 8, 10)]
+)
+def test_a_peer_is_an_autoencoder_of_ours(family, width, channels):
+    model = build_peer(family, 16, channels, width)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     output = model(image)
     assert output.reconstruction.shape == image.shape
-    assert [tuple(level.shape) for level in output.posterior.mean] == [(1, 4, 2, 2)]
+    assert [tuple(level.shape) for level in output.posterior.mean] == [(1, channels, 2, 2)]
     assert output.posterior.log_variance[0].mean() < -4  # ours start at -6
     output.reconstruction.sum().backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -86,12 +86,17 @@ def dc_ae(depth: int, channels: int, width: float) -> tuple[ForeignEncoder, Fore
     """DC-AE with `depth` resolutions, made to say a log-variance, too.
 
     The published decoder has batch norms at its three finest resolutions; with four images a batch these do worse
-    than its own RMS norms, which therefore stand everywhere.
+    than its own RMS norms, which therefore stand everywhere. Its shortcuts want channels of latents that divide its
+    widest layer: where they do not, the next that do, and a 1x1 convolution.
     """
-    encoder = peers.dc_ae(depth, 2 * channels, width).encoder
-    decoder = peers.dc_ae(depth, channels, width, norms=("rms_norm",) * depth).decoder
+    widest = int(peers.DC_WIDTHS[depth - 1] * width)
+    said, read = (next(n for n in range(wanted, widest + 1) if widest % n == 0) for wanted in (2 * channels, channels))
+    encoder = peers.dc_ae(depth, said, width).encoder
+    decoder = peers.dc_ae(depth, read, width, norms=("rms_norm",) * depth).decoder
     last: Any = decoder.conv_out  # published: no blocks at factor 1, so the last step is an up-sampling
-    return ForeignEncoder(encoder), ForeignDecoder(decoder, last.conv)
+    down = encoder if said == 2 * channels else nn.Sequential(encoder, nn.Conv2d(said, 2 * channels, 1))
+    up = decoder if read == channels else nn.Sequential(nn.Conv2d(channels, read, 1), decoder)
+    return ForeignEncoder(down), ForeignDecoder(up, last.conv)
 
 
 class Block(nn.Module):
