@@ -1,5 +1,6 @@
 """How this process's C library handles freed memory."""
 
+import contextlib
 import ctypes
 import os
 
@@ -24,3 +25,10 @@ def keep_freed_memory() -> bool:
         return bool(library.mallopt(M_MMAP_THRESHOLD, 1 << 30)) and bool(library.mallopt(M_TRIM_THRESHOLD, -1))
     except (AttributeError, OSError, ValueError):
         return False
+
+
+def return_freed_memory() -> None:
+    """Hands freed blocks back to the kernel after all. Belongs before a fork: as long as the child lives, what is
+    written into a block that both hold is copied first, page by page."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

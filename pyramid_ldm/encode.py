@@ -34,6 +34,7 @@ from pyramid_ldm.files import append_line, read_lines
 from pyramid_ldm.ownership import claim, delete_file, held, keep_apart, replace_directory
 from pyramid_ldm.training.runtime import Runtime
 
+BATCH_PIXELS = 1 << 22  # of one image of 2048x2048: more at once is no faster, and takes as many times the memory
 UNREADABLE = "unreadable.jsonl"  # what turned out to be no image, so that removing it makes no other cache
 
 
@@ -86,7 +87,8 @@ def view_batches(
     views: Sequence[View], plan: Plan, indices: Sequence[int], options: "EncodeOptions"
 ) -> Iterator[Batch]:
     """The views of these indices, in order."""
-    size = options.batch_size
+    height, width = plan.image_size
+    size = options.batch_size or max(1, min(8, BATCH_PIXELS // (height * width)))
     parts = [list(indices[i : i + size]) for i in range(0, len(indices), size)]
     return load_batches(Views(views, plan), collate_views, parts, workers=options.workers, prefetch=2)
 
@@ -103,7 +105,7 @@ class EncodeOptions:
     max_bad_fraction: float = 0.01
     dtype: str = "float16"
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None  # None: 8, or fewer large images
     shard_size: int = 1024
     workers: int = 2
 

@@ -18,7 +18,7 @@ from pyramid_ldm.data.folder import find_images, split_held_out
 from pyramid_ldm.data.latents import LatentRecords
 from pyramid_ldm.data.photographs import load_crop
 from pyramid_ldm.data.shards import LatentCache, split_record, write_shard
-from pyramid_ldm.encode import EncodeOptions, encode
+from pyramid_ldm.encode import EncodeOptions, encode, view_batches
 from pyramid_ldm.errors import UserError
 from pyramid_ldm.ownership import claim
 from pyramid_ldm.pyramid import LatentScaling
@@ -229,6 +229,15 @@ def test_the_batch_size_does_not_make_another_cache(finished, autoencoder_direct
     out = encode(autoencoder_directory, photographs, tmp_path / "b3", options, CPU)
     assert LatentCache(out).plan == LatentCache(finished).plan
     torch.testing.assert_close(all_records(out), all_records(finished), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("side", "asked", "size"), [(256, None, 8), (1024, None, 4), (4096, None, 1), (4096, 3, 3)])
+def test_large_images_are_encoded_a_few_at_a_time(finished, monkeypatch, side, asked, size):
+    monkeypatch.setattr("pyramid_ldm.encode.load_batches", lambda views, collate, parts, **options: parts)
+    plan = dataclasses.replace(LatentCache(finished).plan, image_size=[side, side])
+    parts = view_batches([], plan, range(12), dataclasses.replace(OPTIONS, batch_size=asked))
+    assert len(parts[0]) == size
+    assert [i for part in parts for i in part] == list(range(12))
 
 
 def test_two_processes_share_the_shards(finished, autoencoder_directory, photographs, tmp_path, monkeypatch):

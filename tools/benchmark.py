@@ -497,7 +497,7 @@ def sample(args: argparse.Namespace) -> list[Row]:
 
 
 def files(args: argparse.Namespace) -> list[Row]:
-    """A folder of JPEGs, in the page cache, to a shard: `encode` reads, encodes in batches of 8 and writes; beside it
+    """A folder of JPEGs, in the page cache, to a shard: `encode` reads, encodes and writes; beside it
     reading alone. The loader's workers share the machine's cores with the network."""
     (name, height, width), count = beside_peers(args), 4 if args.small else 16
     autoencoder = built(PyramidAutoencoder, stage_one(name).model, args)

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", type=share(), help="held-out share (default: the autoencoder run's)")
     parser.add_argument("--dtype", default="float16", help="float16 or float32 (default: float16)")
     parser.add_argument("--seed", type=whole(0, 2**63 - 1), default=0, help="of the random crops (default: 0)")
-    parser.add_argument("--batch-size", type=whole(1, 2**20), default=8, help="default: 8")
+    parser.add_argument("--batch-size", type=whole(1, 2**20), help="default: 8, of large images fewer")
     parser.add_argument("--shard-size", type=whole(1, MOST), default=1024, help="records a shard (default: 1024)")
     parser.add_argument(
         "--workers", type=whole(0, 1024), default=2, help="processes that read images; 0: none (default: 2)"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyramid_ldm.allocator import return_freed_memory
 from pyramid_ldm.errors import UserError
 
 Batch = TypeVar("Batch")
@@ -128,6 +129,7 @@ class _Workers:
 
     def start(self, make: _Maker, count: int) -> None:
         """Starts `count` processes and begins to ask them."""
+        return_freed_memory()
         for _ in range(count):
             mine, theirs = multiprocessing.Pipe()
             self.connections.append(mine)
