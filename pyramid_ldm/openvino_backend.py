@@ -29,6 +29,12 @@ class OpenVINO:
         self._way: Hashable = None
         self._run: Run | None = None
 
+    @staticmethod
+    def refuse(device: str | torch.device) -> None:
+        """UserError on any device but the CPU."""
+        if torch.device(device).type != "cpu":
+            raise UserError(f"OpenVINO computes on the CPU here, not on {device}; leave one of the two out")
+
     def evaluate(self, network: nn.Module, noisy: Pyramid, context: Context, bf16: bool) -> Pyramid:
         """What the network says; converted for one number of rows, guidance and precision."""
         way = (network, len(context.label), context.guidance, bf16)
@@ -53,7 +59,7 @@ def converted(module: nn.Module, example: tuple[Tensor, ...], bf16: bool) -> Run
         frontend = FrontEndManager().load_by_framework("pytorch")
         model = frontend.convert(frontend.load(decoder))
     hints = {
-        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",  # the former where the processor has it
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }

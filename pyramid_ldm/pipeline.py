@@ -71,10 +71,10 @@ class PyramidPipeline:
         self._bf16: dict[str, nn.Module] = {}  # copies with bfloat16 weights, made when first used
 
     def to(self, device: str | torch.device) -> Self:
-        """Moves both networks; returns self."""
-        self.device = torch.device(device)
+        """Moves both networks; returns self. UserError where a network that OpenVINO runs would leave the CPU."""
         if self.openvino:
-            self._refuse_openvino_elsewhere()
+            OpenVINO.refuse(device)
+        self.device = torch.device(device)
         self._bf16.clear()
         for network in (self.network, self.autoencoder):
             network.to(self.device)
@@ -89,15 +89,11 @@ class PyramidPipeline:
         Raises UserError where the backend is missing or not for this device.
         """
         if backend == "openvino":
-            self._refuse_openvino_elsewhere()
+            OpenVINO.refuse(self.device)
             self.openvino = OpenVINO()
         self._compiled = True
         self._bf16.clear()
         return self
-
-    def _refuse_openvino_elsewhere(self) -> None:
-        if self.device.type != "cpu":
-            raise UserError(f"OpenVINO computes on the CPU here, not on {self.device}; leave one of the two out")
 
     def _ready(self, name: str, bf16: bool) -> nn.Module:
         """For use in either precision. What is stored in float32 stays where it was read from, which may be the file,

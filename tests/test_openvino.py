@@ -93,6 +93,7 @@ def test_it_has_to_be_there_and_on_a_cpu(pipeline, monkeypatch):
     served = served_like(pipeline)
     with pytest.raises(UserError, match="not on meta"):
         served.to("meta")
+    assert served.device.type == "cpu"
     monkeypatch.setattr("pyramid_ldm.openvino_backend.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"OpenVINO is not installed; pip install 'pyramid-ldm\[openvino\]'"):
         PyramidPipeline(pipeline.network, pipeline.autoencoder, pipeline.scaling).compile("openvino")
