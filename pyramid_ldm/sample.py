@@ -70,7 +70,7 @@ def sample_to_folder(
     there = f" ({len(indices) - len(todo)} of them are there)" if len(todo) < len(indices) else ""
     print(
         f"sample: {len(indices)} images{there} of {height}x{width}, seed {seed}, {options.describe()}, "
-        f"{settings['precision']}, batch {batch_size}, {pipeline.device}; to {out}",
+        f"{settings['precision']}, batch {batch_size}, {settings.get('runtime', pipeline.device)}; to {out}",
         file=sys.stderr,
     )
     if not todo:
